@@ -91,6 +91,11 @@ def in_line(layout: SequenceLayout, intervals: KeyIntervals) -> tuple[SequenceLa
     return line_of(layout, rows), replace(intervals.in_line(), keys=keys)
 
 
+def on_line(x: Tensor) -> Tensor:
+    """The rows one after another: [B, L, ...] -> [1, B * L, ...]."""
+    return x.flatten(0, 1)[None]
+
+
 def rows_on(layout: SequenceLayout) -> int:
     """How many rows a layout lines up: one, but of `in_line`."""
     return len(layout.rows) if isinstance(layout, _Line) else 1

@@ -9,6 +9,7 @@ from dtcp.kernels.sparse.pooling import Prepool
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import ClaimedMixer
 from dtcp.mixer_positions import check_position_ids
+from dtcp.sequence.row_layouts import on_line
 from dtcp.sparse.exchange import bring_left, prepend_halo
 from dtcp.sparse.metadata import SparseMetadata
 from dtcp.sparse.mixer import CompressedSparseAttention, Index
@@ -34,7 +35,7 @@ class ContextParallelSparse(ClaimedMixer, CompressedSparseAttention):
         if isinstance(metadata, SparseMetadata):
             if not metadata.in_line:
                 return self.attend(q, keys, metadata, sink, tokens, index)
-            rows = (_on_line(q), _on_line(keys))
+            rows = (on_line(q), on_line(keys))
             pooled = (_tokens_on_line(tokens), _index_on_line(index))
             out = self.attend(*rows, metadata, sink, *pooled)
             return out.view(q.shape)
@@ -103,22 +104,17 @@ class ContextParallelSparse(ClaimedMixer, CompressedSparseAttention):
         return [] if self.compression is None else [self.compression.reach]
 
 
-def _on_line(x: Tensor) -> Tensor:
-    """The rows one after another: [B, L, ...] -> [1, B * L, ...]."""
-    return x.flatten(0, 1)[None]
-
-
 def _tokens_on_line(tokens: Prepool | None) -> Prepool | None:
     if tokens is None:
         return None
-    return tokens._replace(value=_on_line(tokens.value), gate=_on_line(tokens.gate))
+    return tokens._replace(value=on_line(tokens.value), gate=on_line(tokens.gate))
 
 
 def _index_on_line(index: Index | None) -> Index | None:
     if index is None:
         return None
-    keys = index.keys._replace(value=_on_line(index.keys.value), gate=_on_line(index.keys.gate))
-    return Index(_on_line(index.q), _on_line(index.weight), keys)
+    keys = index.keys._replace(value=on_line(index.keys.value), gate=on_line(index.keys.gate))
+    return Index(on_line(index.q), on_line(index.weight), keys)
 
 
 def _tensors(tokens: Prepool | None) -> list[Tensor]:

@@ -3,9 +3,10 @@
 from torch import Tensor
 
 from dtcp.metadata import BatchMetadata
+from dtcp.sequence.row_layouts import on_line
 from dtcp.sparse_blocks.metadata import BlocksInSight
 from dtcp.sparse_blocks.mixer import BlockIndex, SparseBlockAttention
-from dtcp.sparse_latent.claimed import BringsTokens, on_line
+from dtcp.sparse_latent.claimed import BringsTokens
 
 
 class ContextParallelSparseBlocks(BringsTokens, SparseBlockAttention):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import ClaimedMixer
+from dtcp.sequence.row_layouts import on_line
 from dtcp.softmax.gathered_rows import gather_rows
 from dtcp.softmax.inputs import check_sink
 from dtcp.sparse_latent.metadata import ExchangedTokens, TokensInSight
@@ -64,8 +65,3 @@ class ContextParallelSparseLatent(BringsTokens, SparseLatentAttention):
             return self.attend(q, rows, up, selected, metadata, sink)
         out = self.attend(on_line(q), on_line(rows), up, on_line(selected), metadata, sink)
         return out.view(*q.shape[:3], -1)
-
-
-def on_line(x: Tensor) -> Tensor:
-    """The rows one after another: [B, L, ...] -> [1, B * L, ...]."""
-    return x.flatten(0, 1)[None]
