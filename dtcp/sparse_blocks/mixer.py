@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from dtcp.kernels.dtypes import accumulation
 from dtcp.metadata import BatchMetadata
-from dtcp.sequence.arguments import FLOATS, check_ints, check_scale, check_tensor
+from dtcp.sequence.arguments import FLOATS, check_ints, check_tensor
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.masks import Causal
@@ -62,10 +62,6 @@ class SparseBlockAttention(TokenReader):
         check_ints(SUBJECT, least=1, num_blocks=num_blocks, block_len=block_len)
         self.num_blocks, self.block_len, self.scale = num_blocks, block_len, scale
         self.set_metadata_key()
-
-    def check_setting(self, name: str, value: Any) -> None:
-        if name == "scale" and value is not None:
-            check_scale(value)
 
     def reads(self) -> tuple[object, ...]:
         return (self.block_len,)

@@ -35,6 +35,10 @@ class TokenReader(Mixer):
         # An indexer and the attention that reads what it picked know the tokens by one numbering.
         self.metadata_key = self.key_of(TokenReader)
 
+    def check_setting(self, name: str, value: Any) -> None:
+        if name == "scale" and value is not None:
+            check_scale(value)
+
     def whole_row_metadata(self, coords: Coords) -> TokensInSight:
         return TokensInSight.of_whole_rows(KeyIntervals.of(Causal(), coords))
 
@@ -118,10 +122,6 @@ class SparseLatentAttention(TokenReader, LatentMixer):
         super().__init__()
         self.scale = scale
         self.set_metadata_key()
-
-    def check_setting(self, name: str, value: Any) -> None:
-        if name == "scale" and value is not None:
-            check_scale(value)
 
     def forward(
         self,
