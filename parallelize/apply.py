@@ -107,7 +107,7 @@ def parallelize(
     earlier = EarlierWeights(model)
     _apply_styles(model, mesh, plan)
     for name, block in blocks.items():
-        routes = mesh.ep is not None and _contains(name, block, plan.ep)
+        routes = mesh.ep is not None and bool(_styles_inside(name, block, plan.ep))
         block.forward = _checkpointed_and_compiled(
             block.forward,
             activation_checkpoint.keeping_routes() if routes else activation_checkpoint,
@@ -190,10 +190,12 @@ def _spread_experts(model: nn.Module, mesh: ParallelMesh, plan: ParallelPlan) ->
     parallelize_module(model, mesh.ep, dict(plan.ep))
 
 
-def _contains(name: str, block: nn.Module, plan: Mapping[str, ParallelStyle]) -> bool:
-    """Whether a plan names a module of a block."""
+def _styles_inside(
+    name: str, block: nn.Module, plan: Mapping[str, ParallelStyle]
+) -> list[ParallelStyle]:
+    """Those that a plan has for modules of a block."""
     submodules = [f"{name}.{part}" for part, _ in block.named_modules() if part]
-    return any(matches(submodule, key) for submodule in submodules for key in plan)
+    return [x for key, x in plan.items() if any(matches(each, key) for each in submodules)]
 
 
 def _is_gathered_in_parts(name: str, units: Sequence[Mapping[str, nn.Module]]) -> bool:
@@ -202,9 +204,7 @@ def _is_gathered_in_parts(name: str, units: Sequence[Mapping[str, nn.Module]]) -
 
 
 def _has_eager_island(name: str, block: nn.Module, plan: Mapping[str, ParallelStyle]) -> bool:
-    submodules = [f"{name}.{part}" for part, _ in block.named_modules() if part]
     return any(
         isinstance(style, MixerStyle) and isinstance(style.boundary, EagerIsland)
-        for key, style in plan.items()
-        if any(matches(submodule, key) for submodule in submodules)
+        for style in _styles_inside(name, block, plan)
     )
