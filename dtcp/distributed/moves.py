@@ -51,10 +51,6 @@ class Moved:
             max(self.workspace, other.workspace),
         )
 
-    def __radd__(self, other: int) -> "Moved":
-        # For sum(), which starts from 0.
-        return self
-
     def crossing(self, rank: int, ranks_per_node: int) -> tuple[int, int]:
         """Bytes sent to and received from other nodes, where so many neighbours share a node."""
         node = rank // ranks_per_node
