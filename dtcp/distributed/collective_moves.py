@@ -12,13 +12,13 @@ from dtcp.distributed.moves import Moved
 
 def all_gather_moves(x: Tensor, dim: int, num_ranks: int, group: str) -> Moved:
     """x goes to each other rank."""
-    return Moved.alike(x.numel() * x.element_size(), *_place(group))
+    return Moved.alike(x.nbytes, *_place(group))
 
 
 def reduce_scatter_moves(x: Tensor, dim: int, num_ranks: int, group: str) -> Moved:
     """The n-th part of x goes to each other rank; all of x is laid in order first."""
     n, rank = _place(group)
-    return Moved.alike(x.numel() // n * x.element_size(), n, rank, workspace=_bytes(x))
+    return Moved.alike(x.numel() // n * x.element_size(), n, rank, workspace=x.nbytes)
 
 
 def all_to_all_moves(x: Tensor, receive: Sequence[int], send: Sequence[int], group: str) -> Moved:
@@ -30,7 +30,7 @@ def ring_shift_moves(x: Tensor, by: int, group: str) -> Moved:
     """x goes to the rank `by` places on."""
     n, rank = _place(group)
     sent, received = ([int(peer == (rank + way) % n) for peer in range(n)] for way in (by, -by))
-    return Moved.rows(sent, received, _bytes(x), rank)
+    return Moved.rows(sent, received, x.nbytes, rank)
 
 
 def exchange_moves(
@@ -65,7 +65,3 @@ def token_width(x: Tensor, dim: int) -> int:
 def _place(group: str) -> tuple[int, int]:
     """(ranks of the group, this one's rank)."""
     return dist.get_world_size(group_of(group)), dist.get_rank(group_of(group))
-
-
-def _bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()

@@ -63,7 +63,7 @@ def _peers(n: int, rank: int, m: int) -> tuple[list[int], list[int]]:
 
 
 def _moves(x: Tensor, dim: int, ranks_per_node: int, num_ranks: int, group: str) -> Moved:
-    size, rank = x.numel() * x.element_size(), dist.get_rank(group_of(group))
+    size, rank = x.nbytes, dist.get_rank(group_of(group))
     return gathered_on_nodes(size, num_ranks, rank, ranks_per_node)
 
 

@@ -130,7 +130,7 @@ def _route_tokens(
     # Faults travel with the counts, so that all ranks stop, and on the host costs no second wait.
     sent = torch.cat([starts.diff().view(n, -1), faults.expand(n, nodes)], dim=1)
     arrived = move_rows(sent, [1] * n, [1] * n, group)
-    each = [sent[0].numel() * sent.element_size()] * n
+    each = [sent[0].nbytes] * n
     count_crossed("dtcp::route_tokens", group, each, each)
 
     to_experts, from_ranks = sent[:, :-nodes], arrived[:, :-nodes]

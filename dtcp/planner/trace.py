@@ -266,7 +266,7 @@ def collective_bytes(func: OpOverload, args: Any, kwargs: Any) -> tuple[str, int
         return "", 0
     n = dist.get_world_size(group_of(group))
     tensors = [x for x in flat_leaves(args)[0] if isinstance(x, Tensor)]
-    sizes = [x.numel() * x.element_size() for x in tensors]
+    sizes = [x.nbytes for x in tensors]
     if "all_reduce" in name or "allreduce" in name:
         return group, 2 * (n - 1) * sum(sizes) // n
     if "reduce_scatter" in name:

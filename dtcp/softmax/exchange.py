@@ -85,7 +85,7 @@ def isend_irecv(
     transfer = send_and_receive(rows, count, Between(target, source, group, tag))
     counts = [[0] * n, [0] * n]
     for way, moved, by in zip(counts, (rows, transfer.arrived), (step, -step), strict=True):
-        way[(rank + by) % n] = moved.numel() * moved.element_size()
+        way[(rank + by) % n] = moved.nbytes
     context.count(context.groups[-1], *counts)
     return transfer
 

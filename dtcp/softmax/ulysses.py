@@ -294,7 +294,7 @@ def _all_to_all(rows: Tensor, context: OpContext) -> Tensor:
         return rows
     out = torch.empty_like(rows)
     exchange(out.view(-1), rows.view(-1), _inner_group(context.groups))
-    each = [rows[0].numel() * rows.element_size()] * n
+    each = [rows[0].nbytes] * n
     context.count(_inner_of(context.groups), each, each)
     return out
 
