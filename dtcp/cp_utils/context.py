@@ -1,8 +1,7 @@
 """The contexts of a step: how its tensors are sharded, and what else a training loop opens."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from types import TracebackType
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -73,7 +72,8 @@ def get_train_context(
         cp_context: from `create_context_parallel_ctx`; entered last.
     """
 
-    def open_all() -> Context:
+    @contextmanager
+    def step() -> Iterator[None]:
         with ExitStack() as stack:
             if enable_loss_parallel:
                 stack.enter_context(loss_parallel())
@@ -81,28 +81,9 @@ def get_train_context(
                 stack.enter_context(compiled_autograd())
             if cp_context is not None:
                 stack.enter_context(cp_context)
-            return stack.pop_all()
-        raise AssertionError("an exit stack swallows nothing")
+            yield
 
-    return lambda: _Opened(open_all)
-
-
-class _Opened(AbstractContextManager[None]):
-    """Opens on entry, not before: a context that is never entered leaves nothing open."""
-
-    def __init__(self, open_all: ContextFactory) -> None:
-        self.open_all = open_all
-
-    def __enter__(self) -> None:
-        self.opened = self.open_all()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool | None:
-        return self.opened.__exit__(kind, error, trace)
+    return step
 
 
 class _ShardedBuffers(AbstractContextManager[None]):
@@ -124,13 +105,8 @@ class _ShardedBuffers(AbstractContextManager[None]):
                 buffer.data = layout.shard(buffer.data, rank, dim=dim)
         self.mode.__enter__()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.mode.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self.mode.__exit__(*error)
         while self.whole:
             buffer, data = self.whole.pop()
             buffer.data = data
