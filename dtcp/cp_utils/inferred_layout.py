@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.distributed.collectives import all_gather
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
-from dtcp.sequence.partition import Run
+from dtcp.sequence.partition import Run, joined_runs
 
 
 @dataclass(frozen=True)
@@ -44,21 +44,10 @@ def infer_layout(token_index: Tensor, axis: DeviceMesh, *, reader: str) -> Seque
             f"others in {reader}: pass seq_index, for position_ids restart with documents and "
             f"stand still in images."
         )
-    rank_runs = tuple(_runs(row) for row in rows)
+    rank_runs = tuple(tuple(joined_runs([(i, i + 1) for i in row])) for row in rows)
     for known in (Contiguous, HeadTail):
         if seq_len % known.multiple(axis.size()) == 0:
             layout = known(seq_len, axis.size())
             if rank_runs == tuple(tuple(layout.runs(rank)) for rank in range(axis.size())):
                 return layout
     return InferredLayout(seq_len, axis.size(), rank_runs)
-
-
-def _runs(row: list[int]) -> tuple[Run, ...]:
-    """The longest runs of neighbours, in slot order."""
-    runs: list[Run] = []
-    for index in row:
-        if runs and runs[-1][1] == index:
-            runs[-1] = (runs[-1][0], index + 1)
-        else:
-            runs.append((index, index + 1))
-    return tuple(runs)
