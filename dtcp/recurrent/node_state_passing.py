@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dtcp.sequence.partition import Ints
-from dtcp.sequence.stretches import Stretches
+from dtcp.sequence.stretches import Stretches, with_room
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,16 +115,10 @@ def node_state_passing_tensors(
     ]
     n, room = stretches.num_shards, stretches.room
     both_ways = (
-        [_filled(x.send, n * room) for x in both],
+        [with_room(x.send, n * room, -1) for x in both],
         [x.counts for x in both],
-        [_filled(x.steps, (n + 1) * room) for x in both],
-        [_filled(x.onward, n * room * (ranks_per_node - 1)) for x in both],
+        [with_room(x.steps, (n + 1) * room, -1) for x in both],
+        [with_room(x.onward, n * room * (ranks_per_node - 1), -1) for x in both],
         [x.onward_counts for x in both],
     )
     return tuple(torch.from_numpy(np.stack(pair)) for pair in both_ways)
-
-
-def _filled(x: Ints, length: int) -> Ints:
-    out = np.full((length, *x.shape[1:]), -1, dtype=np.int64)
-    out[: len(x)] = x
-    return out

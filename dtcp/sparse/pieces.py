@@ -22,7 +22,7 @@ from dtcp.sequence.coords import Coords, documents_of
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.node_routes import NodeRoutes
 from dtcp.sequence.partition import Ints, expand
-from dtcp.sequence.stretches import Stretches, left_routes
+from dtcp.sequence.stretches import Stretches, left_routes, with_room
 from dtcp.sparse.entries import EntryRuns, entry_routes
 from dtcp.sparse.exchange import stacked
 from dtcp.sparse.metadata import Compression, SparseMetadata, check_counted
@@ -99,7 +99,7 @@ def pieces_metadata(
         runs = EntryRuns.of(stretches, compression.ratio)
         of_entries, read = entry_routes(runs, rank, num_ranks=n, ranks_per_node=ranks_per_node)
         most = max(1, n * len(own.token) // compression.ratio)
-        closing = _filled(read, most, NOWHERE)
+        closing = with_room(read, most, NOWHERE)
     halos = stacked([left_routes(stretches, x, rank, ranks_per_node) for x in reaches])
     lined_up = [own.order(reach) for reach in reaches]
     key_token_index, key_run, key_readers = _keys(own, window_first, window - 1)
@@ -136,10 +136,6 @@ def _of_line(x: Ints) -> Tensor:
     return torch.from_numpy(x.astype(np.int32))[None]
 
 
-def _filled(x: Ints, length: int, value: int) -> Ints:
-    return np.append(x, np.full(length - len(x), value))
-
-
 def _windows(own: _Own, compression: Compression) -> list[Ints]:
     """`Windows` of the entries that close here, as many as there is room for."""
     ratio = compression.ratio
@@ -149,7 +145,7 @@ def _windows(own: _Own, compression: Compression) -> list[Ints]:
     most = max(1, len(own.token) // ratio + own.room)
     end, within = own.places(compression.reach)[slots], within[slots]
     before = (within >= 2 * ratio).astype(np.int64)
-    return [_filled(x, most, 0) for x in (end, before, within - ratio)]
+    return [with_room(x, most, 0) for x in (end, before, within - ratio)]
 
 
 def _keys(own: _Own, window_first: Ints, left: int) -> tuple[Ints, Ints, Ints]:
@@ -202,6 +198,4 @@ def _tiles(own: _Own, entry_run: Ints, left: int, tile: int) -> Ints:
     least = np.where(least < most, least, 0)
     # The first query of a tile sees what is lined up from its own place on, `left` to its left.
     tiles = np.stack((start, stop, start + index * left, stop + (index + 1) * left, least, most), 1)
-    out = np.zeros((-(-len(own.token) // tile) + own.room, 6), dtype=np.int64)
-    out[: len(tiles)] = tiles
-    return out
+    return with_room(tiles, -(-len(own.token) // tile) + own.room, 0)

@@ -15,7 +15,7 @@ from torch import Tensor
 from dtcp.kernels.sparse.types import NOWHERE
 from dtcp.metadata import AttentionMetadata, HostTensor
 from dtcp.sequence.key_intervals import KeyIntervals
-from dtcp.sequence.partition import Ints
+from dtcp.sequence.stretches import with_room
 from dtcp.sparse_latent.metadata import TokensInSight, tiles_of_runs
 
 
@@ -42,8 +42,8 @@ class BlocksInSight(AttentionMetadata):
             start = place - (block_len - 1)
             whole = held[start] == held[place] - (block_len - 1)
             start, closing = start[whole], held[place[whole]]
-            firsts.append(_filled(start, room, 0))
-            lasts.append(_filled(closing, room, NOWHERE))
+            firsts.append(with_room(start, room, 0))
+            lasts.append(with_room(closing, room, NOWHERE))
             low = np.where(end >= 0, closing.searchsorted(begin), 0)
             high = np.where(end >= 0, closing.searchsorted(end, side="right"), 0)
             tiles.append(tiles_of_runs(low, high))
@@ -54,9 +54,3 @@ class BlocksInSight(AttentionMetadata):
             torch.from_numpy(np.stack(tiles)),
             in_line=tokens.in_line,
         )
-
-
-def _filled(x: Ints, length: int, value: int) -> Ints:
-    out = np.full(length, value, dtype=np.int64)
-    out[: len(x)] = x
-    return out

@@ -16,6 +16,7 @@ from dtcp.metadata import AttentionMetadata, HostTensor, no_indices
 from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.partition import Ints
+from dtcp.sequence.stretches import with_room
 from dtcp.softmax.metadata import KeyExchangeMetadata
 
 
@@ -102,8 +103,7 @@ def _in_sight(first: Tensor, last: Tensor, token: Ints, held: Ints, room: int) -
         held: the tokens that are held, ascending; in it lies all that a query may read.
         room: places for tokens.
     """
-    index = np.full(room, NOWHERE, dtype=np.int64)
-    index[: len(held)] = held
+    index = with_room(held, room, NOWHERE)
     runs, readers, tiles = [], [], []
     for of_row in zip(first.numpy(), last.numpy(), strict=True):
         start, stop = (x.astype(np.int64) for x in of_row)
@@ -114,9 +114,8 @@ def _in_sight(first: Tensor, last: Tensor, token: Ints, held: Ints, room: int) -
         low, high = np.where(real, low, 0), np.where(real, high, 0)
         runs.append(np.stack((low, high), axis=-1))
         begin, end = token.searchsorted(held), start.searchsorted(held, side="right")
-        of_tokens = np.zeros((room, 2), dtype=np.int64)
-        of_tokens[: len(held)] = np.where((begin < end)[:, None], np.stack((begin, end), -1), 0)
-        readers.append(of_tokens)
+        of_tokens = np.where((begin < end)[:, None], np.stack((begin, end), -1), 0)
+        readers.append(with_room(of_tokens, room, 0))
         tiles.append(tiles_of_runs(low, high))
     return _InSight(
         first.int(),
