@@ -5,7 +5,7 @@ of compressed sparse attention read these metadata as they read theirs.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -56,7 +56,47 @@ class TokensInSight(AttentionMetadata):
         """Of rows on one device."""
         first, last = intervals.whole()
         every = np.arange(first.shape[1])
-        return cls(*_in_sight(first, last, every, every, len(every)))
+        return cls.in_sight(first, last, every, every, len(every))
+
+    @classmethod
+    def in_sight(
+        cls, first: Tensor, last: Tensor, token: Ints, held: Ints, room: int, **more: Any
+    ) -> Self:
+        """Of queries that may read tokens from a first one up to a last one.
+
+        Args:
+            first, last: [B, L]; last < first for padding.
+            token: [L], of the queries, ascending.
+            held: the tokens that are held, ascending; in it lies all that a query may read.
+            room: places for tokens.
+            more: fields of a subclass.
+        """
+        index = with_room(held, room, NOWHERE)
+        runs, readers, tiles = [], [], []
+        for of_row in zip(first.numpy(), last.numpy(), strict=True):
+            start, stop = (x.astype(np.int64) for x in of_row)
+            real = stop >= start
+            # Padding reads nothing, and what comes after it stays in ascending order.
+            start = np.where(real, start, token + 1)
+            low, high = held.searchsorted(start), held.searchsorted(stop, side="right")
+            low, high = np.where(real, low, 0), np.where(real, high, 0)
+            runs.append(np.stack((low, high), axis=-1))
+            begin, end = token.searchsorted(held), start.searchsorted(held, side="right")
+            of_tokens = np.where((begin < end)[:, None], np.stack((begin, end), -1), 0)
+            readers.append(with_room(of_tokens, room, 0))
+            tiles.append(tiles_of_runs(low, high))
+        return cls(
+            first=first.int(),
+            last=last.masked_fill(last < first, -1).int(),
+            token_index=torch.from_numpy(index).int().expand(len(runs), -1).contiguous(),
+            run=torch.from_numpy(np.stack(runs)).int(),
+            readers=torch.from_numpy(np.stack(readers)).int(),
+            tiles=torch.from_numpy(np.stack(tiles)),
+            key_token_index=no_indices(),
+            key_run=torch.zeros(*first.shape, 2, dtype=torch.int32),
+            key_readers=torch.zeros(len(runs), 0, 2, dtype=torch.int32),
+            **more,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,56 +118,8 @@ class ExchangedTokens(TokensInSight):
             )
         held = exchange.key_token_index[0, :count].numpy().astype(np.int64)
         room = exchange.key_token_index.shape[1]
-        of_rows = _in_sight(exchange.first_key, exchange.last_key, token, held, room)
-        return cls(*of_rows, exchange, in_line=in_line)
-
-
-class _InSight(NamedTuple):
-    first: Tensor
-    last: Tensor
-    token_index: Tensor
-    run: Tensor
-    readers: Tensor
-    tiles: Tensor
-    key_token_index: Tensor
-    key_run: Tensor
-    key_readers: Tensor
-
-
-def _in_sight(first: Tensor, last: Tensor, token: Ints, held: Ints, room: int) -> _InSight:
-    """The fields of TokensInSight.
-
-    Args:
-        first, last: [B, L]; last < first for padding.
-        token: [L], of the queries, ascending.
-        held: the tokens that are held, ascending; in it lies all that a query may read.
-        room: places for tokens.
-    """
-    index = with_room(held, room, NOWHERE)
-    runs, readers, tiles = [], [], []
-    for of_row in zip(first.numpy(), last.numpy(), strict=True):
-        start, stop = (x.astype(np.int64) for x in of_row)
-        real = stop >= start
-        # Padding reads nothing, and what comes after it stays in ascending order.
-        start = np.where(real, start, token + 1)
-        low, high = held.searchsorted(start), held.searchsorted(stop, side="right")
-        low, high = np.where(real, low, 0), np.where(real, high, 0)
-        runs.append(np.stack((low, high), axis=-1))
-        begin, end = token.searchsorted(held), start.searchsorted(held, side="right")
-        of_tokens = np.where((begin < end)[:, None], np.stack((begin, end), -1), 0)
-        readers.append(with_room(of_tokens, room, 0))
-        tiles.append(tiles_of_runs(low, high))
-    return _InSight(
-        first.int(),
-        last.masked_fill(last < first, -1).int(),
-        torch.from_numpy(index).int().expand(len(runs), -1).contiguous(),
-        torch.from_numpy(np.stack(runs)).int(),
-        torch.from_numpy(np.stack(readers)).int(),
-        torch.from_numpy(np.stack(tiles)),
-        no_indices(),
-        torch.zeros(*first.shape, 2, dtype=torch.int32),
-        torch.zeros(len(runs), 0, 2, dtype=torch.int32),
-    )
+        seen = (exchange.first_key, exchange.last_key)
+        return cls.in_sight(*seen, token, held, room, exchange=exchange, in_line=in_line)
 
 
 def tiles_of_runs(low: Ints, high: Ints) -> Ints:
