@@ -36,9 +36,11 @@ class ContextParallelSparse(ClaimedMixer, CompressedSparseAttention):
             if not metadata.in_line:
                 return self.attend(q, keys, metadata, sink, tokens, index)
             rows = (on_line(q), on_line(keys))
-            pooled = (_tokens_on_line(tokens), _index_on_line(index))
-            out = self.attend(*rows, metadata, sink, *pooled)
-            return out.view(q.shape)
+            tokens = None if tokens is None else _tokens_on_line(tokens)
+            if index is not None:
+                of_index = _tokens_on_line(index.keys)
+                index = Index(on_line(index.q), on_line(index.weight), of_index)
+            return self.attend(*rows, metadata, sink, tokens, index).view(q.shape)
         parts = [q, keys, *_tensors(tokens)]
         # An indexer has no gradient, and so none travels back.
         no_gradient = [] if index is None else [index.q, index.weight, *_tensors(index.keys)]
@@ -104,17 +106,8 @@ class ContextParallelSparse(ClaimedMixer, CompressedSparseAttention):
         return [] if self.compression is None else [self.compression.reach]
 
 
-def _tokens_on_line(tokens: Prepool | None) -> Prepool | None:
-    if tokens is None:
-        return None
+def _tokens_on_line(tokens: Prepool) -> Prepool:
     return tokens._replace(value=on_line(tokens.value), gate=on_line(tokens.gate))
-
-
-def _index_on_line(index: Index | None) -> Index | None:
-    if index is None:
-        return None
-    keys = index.keys._replace(value=on_line(index.keys.value), gate=on_line(index.keys.gate))
-    return Index(on_line(index.q), on_line(index.weight), keys)
 
 
 def _tensors(tokens: Prepool | None) -> list[Tensor]:

@@ -100,10 +100,7 @@ def entry_routes(
     reads = runs.reads()
     # A long document has two pieces on every rank; how many are long changes no graph either.
     least = (2 * num_ranks + LEAST_ROOM) * runs.rows
-    axis: dict[str, int] = {
-        "num_ranks": num_ranks,
-        "ranks_per_node": ranks_per_node,
-        "least": least,
-    }
-    routes = node_routes(reads, runs.held, rank, **axis)
+    routes = node_routes(
+        reads, runs.held, rank, num_ranks=num_ranks, ranks_per_node=ranks_per_node, least=least
+    )
     return routes, runs.closing(reads, rank)

@@ -61,27 +61,15 @@ class CompressedSparseCP(MixerStyle):
     ) -> SparseMetadata | RelayoutSparseMetadata:
         assert isinstance(mixer, CompressedSparseAttention)
         self.check(mixer, layout)
-        if isinstance(layout, Contiguous | HeadTail):
-            return self._of_segments(mixer, coords, layout, rank)
+        sizes, nodes = (mixer.window, mixer.compression), self.ranks_per_node
         if issubclass(layout.kind, DocumentBalanced):
-            sizes, nodes = (mixer.window, mixer.compression), self.ranks_per_node
             return pieces_metadata(coords, layout, rank, *sizes, ranks_per_node=nodes)
         inside = _inside(layout)
-        return RelayoutSparseMetadata(
-            RelayoutMetadata.between(layout, inside, rank),
-            OwnTokens.of(coords, layout, rank),
-            self._of_segments(mixer, coords, inside, rank),
-        )
-
-    def _of_segments(
-        self,
-        mixer: CompressedSparseAttention,
-        coords: Coords,
-        layout: SequenceLayout,
-        rank: int,
-    ) -> SparseMetadata:
-        sizes, nodes = (mixer.window, mixer.compression), self.ranks_per_node
-        return rank_metadata(coords, layout, rank, *sizes, ranks_per_node=nodes)
+        metadata = rank_metadata(coords, inside, rank, *sizes, ranks_per_node=nodes)
+        if inside is layout:
+            return metadata
+        there = RelayoutMetadata.between(layout, inside, rank)
+        return RelayoutSparseMetadata(there, OwnTokens.of(coords, layout, rank), metadata)
 
     def moves(
         self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int, shape: MixerShape
@@ -89,13 +77,13 @@ class CompressedSparseCP(MixerStyle):
         assert isinstance(mixer, CompressedSparseAttention)
         assert isinstance(shape, SparseShape)
         self.check(mixer, layout)
-        if isinstance(layout, Contiguous | HeadTail):
-            return sparse_moves(mixer, layout, rank, shape, self.ranks_per_node)
         if issubclass(layout.kind, DocumentBalanced):
             return pieces_moved(mixer, coords, layout, rank, shape, self.ranks_per_node)
         inside = _inside(layout)
-        there = RelayoutMetadata.between(layout, inside, rank)
         moves = sparse_moves(mixer, inside, rank, shape, self.ranks_per_node)
+        if inside is layout:
+            return moves
+        there = RelayoutMetadata.between(layout, inside, rank)
         return relayouts_moved(mixer, there, rank, shape) + moves
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -104,7 +92,9 @@ class CompressedSparseCP(MixerStyle):
 
 
 def _inside(layout: SequenceLayout) -> SequenceLayout:
-    """HeadTail, or Contiguous where the rows do not divide into its chunks."""
+    """Itself, or of other pieces HeadTail; Contiguous where rows do not divide into its chunks."""
+    if isinstance(layout, Contiguous | HeadTail):
+        return layout
     n = layout.num_shards
     kind = Contiguous if layout.seq_len % HeadTail.multiple(n) else HeadTail
     return kind(layout.seq_len, n)
