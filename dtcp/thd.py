@@ -8,7 +8,7 @@ divides a slot.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -99,19 +99,20 @@ def to_thd(batch: THDBatch, *, seq_lens_padding_value: int = SENTINEL) -> dict[s
         ValueError: both or neither of input_ids and inputs_embeds; lengths that do not fit.
     """
     rows, seq_len = _check(batch)
-    slots = _slots(batch, seq_len, seq_lens_padding_value)
-    _check_agrees(batch, slots, rows, seq_len)
+    slots_of_rows = _slots(batch, seq_len, seq_lens_padding_value)
+    slots = [*chain.from_iterable(slots_of_rows)]
+    documents = Documents(tuple(tuple(b for _, b in row if b) for row in slots_of_rows), seq_len)
+    position_ids = documents.position_ids()
+    lengths, sizes = torch.tensor(slots).unbind(1)
+    padding = position_ids >= lengths.repeat_interleave(sizes).view(rows, seq_len)
+    _check_agrees(batch, documents, padding)
     device = batch["labels"].device
     bounds = list(accumulate((slot for _, slot in slots), initial=0))
     out = {key: x for key, x in batch.items() if key not in ("seq_lens", "seq_lens_padded")}
     out = {key: _flat(key, x, rows, seq_len) for key, x in out.items() if x is not None}
-    position_ids = torch.cat([torch.arange(slot) for _, slot in slots])
-    real = torch.tensor([length for length, _ in slots]).repeat_interleave(
-        torch.tensor([slot for _, slot in slots])
-    )
     if "position_ids" not in out:
-        out["position_ids"] = position_ids.to(device)
-    out["padding_mask"] = (position_ids >= real).to(device)
+        out["position_ids"] = position_ids.flatten().to(device)
+    out["padding_mask"] = padding.flatten().to(device)
     ends = accumulate((length for length, _ in slots), initial=0)
     out["cu_seqlens"] = torch.tensor(list(ends), dtype=torch.int32, device=device)
     out["cu_seqlens_padded"] = torch.tensor(bounds, dtype=torch.int32, device=device)
@@ -243,36 +244,22 @@ def _check(batch: THDBatch) -> tuple[int, int]:
     return rows, seq_len
 
 
-def _slots(batch: THDBatch, seq_len: int, sentinel: int) -> Slots:
-    """The slots of all rows; the tokens behind a row's slots lengthen its last one."""
-    filled: list[tuple[int, int]] = []
+def _slots(batch: THDBatch, seq_len: int, sentinel: int) -> list[Slots]:
+    """The slots of each row; the tokens behind them lengthen its last one."""
+    filled: list[Slots] = []
     for slots in row_slots(batch["seq_lens"], batch["seq_lens_padded"], seq_len, sentinel):
         *before, (length, slot) = slots or ((0, 0),)
         slot += seq_len - sum(slot for _, slot in (*before, (length, slot)))
-        filled += [*before, (length, slot)]
-    return tuple(filled)
+        filled.append((*before, (length, slot)))
+    return filled
 
 
-def _check_agrees(batch: THDBatch, slots: Slots, rows: int, seq_len: int) -> None:
+def _check_agrees(batch: THDBatch, documents: Documents, padding: Tensor) -> None:
     """Refuse position ids and padding that contradict the slots."""
-    ends = list(accumulate(slot for _, slot in slots))
-    lengths: list[tuple[int, ...]] = []
-    for row in range(rows):
-        inside = [
-            slot
-            for (_, slot), end in zip(slots, ends, strict=True)
-            if slot and row * seq_len < end <= (row + 1) * seq_len
-        ]
-        lengths.append(tuple(inside))
-    documents = Documents(tuple(lengths), seq_len)
-    real = torch.tensor([length for length, _ in slots]).repeat_interleave(
-        torch.tensor([slot for _, slot in slots])
-    )
-    padding = documents.position_ids() >= real.view(rows, seq_len)
     position_ids, mask = batch.get("position_ids"), batch.get("padding_mask")
     if position_ids is not None:
         check_restarts(documents, position_ids, padding, name="seq_lens")
-    mask = read_padding_mask(mask, rows, seq_len)
+    mask = read_padding_mask(mask, *padding.shape)
     if mask is not None and not torch.equal(mask, padding):
         row, token = (mask != padding).nonzero()[0].tolist()
         raise ValueError(
