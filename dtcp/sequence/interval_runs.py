@@ -33,7 +33,7 @@ from dtcp.sequence.masks import (
     PrefixLM,
     SlidingWindow,
 )
-from dtcp.sequence.partition import Ints, expand, stops_of, sums_before, unique_ascending
+from dtcp.sequence.partition import Ints, differs, expand, stops_of, sums_before, unique_ascending
 
 
 @dataclass(frozen=True)
@@ -245,8 +245,7 @@ def _coords_of(
 def _joined_runs(start: Ints, stop: Ints, first: Ints, last: Ints) -> IntervalRuns:
     """As few runs as may be, from the intervals of first tokens, then those of second tokens."""
     length = stop - start
-    new = np.zeros(len(start), dtype=bool)
-    new[0] = True
+    new = differs(last[: len(start)] >= first[: len(start)])
     columns = []
     for value, second in (x.reshape(2, -1) for x in (first, last)):
         step = second - value
@@ -256,8 +255,6 @@ def _joined_runs(start: Ints, stop: Ints, first: Ints, last: Ints) -> IntervalRu
         new[1:] |= (step[1:] != step[:-1]) | (value[:-1] + step[:-1] * before != value[1:])
         new[1:] |= (step[1:] < 0) | (step[1:] > 1)
         columns += [value, step]
-    sees = last[: len(start)] >= first[: len(start)]
-    new[1:] |= sees[1:] != sees[:-1]
     kept = new.nonzero()[0]
     start, stop = start[kept], stops_of(start[kept], int(stop[-1]))
     alone = stop - start == 1
@@ -269,10 +266,8 @@ def _joined_runs(start: Ints, stop: Ints, first: Ints, last: Ints) -> IntervalRu
 def read_off_runs(first: NDArray[np.int32], last: NDArray[np.int32]) -> IntervalRuns:
     """Runs of the intervals of all tokens of a row, [S] each."""
     steps = np.stack((np.diff(first), np.diff(last)))
-    sees = last >= first
-    odd = ((steps < 0) | (steps > 1)).any(0) | (sees[1:] != sees[:-1])
-    new = np.ones(len(first), dtype=bool)
-    new[1:] = odd
+    new = differs(last >= first)
+    new[1:] |= ((steps < 0) | (steps > 1)).any(0)
     new[2:] |= (steps[:, 1:] != steps[:, :-1]).any(0)
     start = new.nonzero()[0]
     stop = stops_of(start, len(first))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtcp.sequence.partition import Ints, Partition, expand, overlaps, unique_ascending
+from dtcp.sequence.partition import Ints, Partition, differs, expand, overlaps, unique_ascending
 
 LEAST_ROOM = 4
 """Hops, or stretches, that tables have room for at least, for each row of a batch."""
@@ -62,8 +62,7 @@ class _Hops(NamedTuple):
     def joined(self) -> "_Hops":
         """By receiver, source and place; what follows on at both ends is one hop."""
         hops = self.where(np.lexsort((self.place, self.source, self.to)))
-        new = np.ones(len(hops.to), dtype=bool)
-        new[1:] = (hops.to[1:] != hops.to[:-1]) | (hops.source[1:] != hops.source[:-1])
+        new = differs(hops.to) | differs(hops.source)
         for ends in (hops.slot, hops.place):
             new[1:] |= ends[1:] != ends[:-1] + hops.length[:-1]
         first = np.flatnonzero(new)
@@ -120,11 +119,8 @@ def _two_hops(reads: Reads, held: Partition, m: int) -> tuple[_Hops, _Hops]:
     order = np.lexsort((far.place, far.rank, far.start, far.rank // m))
     far = far.where(order)
     # Of one part, the readers of a node follow each other.
-    new = np.ones(len(far.rank), dtype=bool)
-    same_node = far.rank[1:] // m == far.rank[:-1] // m
-    new[1:] = ~same_node | (far.start[1:] != far.start[:-1])
-    takes = new.copy()
-    takes[1:] |= far.rank[1:] != far.rank[:-1]
+    new = differs(far.rank // m) | differs(far.start)
+    takes = new | differs(far.rank)
     part = np.cumsum(new) - 1
     first, taker = np.flatnonzero(new), np.flatnonzero(takes)
     of_part = part[taker]

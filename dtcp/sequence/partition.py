@@ -142,7 +142,7 @@ def sums_before(x: Ints) -> Ints:
     return sums
 
 
-def differs(x: Ints) -> NDArray[np.bool_]:
+def differs(x: NDArray[Any]) -> NDArray[np.bool_]:
     """Which entries are not as the one before them, the first one among these: [N]."""
     new = np.empty(len(x), dtype=bool)
     new[:1] = True

@@ -23,7 +23,7 @@ from torch import Tensor
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.node_routes import LEAST_ROOM, NodeRoutes, Reads, node_routes, room_for
-from dtcp.sequence.partition import Ints, Partition
+from dtcp.sequence.partition import Ints, Partition, differs
 from dtcp.sequence.row_layouts import line_of
 
 
@@ -80,9 +80,9 @@ class Stretches:
             x[order] for x in (line.start, line.stop, line.owner, line.slot)
         )
         enters, leaves = of.cut_at(start), of.cut_at(stop)
-        new = np.ones(len(start), dtype=bool)
+        new = differs(owner)
         cut = (enters[1:] >= 0) | (leaves[:-1] >= 0)
-        new[1:] = (owner[1:] != owner[:-1]) | (cut & (start[1:] != stop[:-1]))
+        new[1:] |= cut & (start[1:] != stop[:-1])
         first = np.flatnonzero(new)
         last = np.append(first[1:], len(start)) - 1
         rank = owner[first]
