@@ -47,7 +47,7 @@ def block_attention(
         )
         out, lse = out.transpose(1, 2), lse.transpose(1, 2)
     else:
-        scores = _scores(q, k, added, scale, softcap)
+        scores = _with_bias(_capped_scores(q, k, scale, softcap), added)
         lse = scores.logsumexp(dim=-1)
         weights = torch.exp(scores - lse.nan_to_num(neginf=0.0)[..., None])
         out = torch.einsum("bghqk,bkgv->bqghv", weights, v).flatten(2, 3)
@@ -101,11 +101,9 @@ def block_attention_backward(
         )
         dq, dk, dv = (x.transpose(1, 2) for x in grads)
         return dq, dk, dv
-    groups = k.shape[2]
-    raw = _raw_scores(q, k, scale)
-    capped = raw if softcap == 0.0 else softcap * torch.tanh(raw / softcap)
+    capped = _capped_scores(q, k, scale, softcap)
     scores = _with_bias(capped, _per_head(bias, score_bias))
-    by_group = (groups, q.shape[2] // groups)
+    by_group = capped.shape[1:3]
     weights = torch.exp(scores - lse.unflatten(2, by_group).permute(0, 2, 3, 1)[..., None])
     grad_grouped = grad_out.unflatten(2, by_group)
     dv = torch.einsum("bghqk,bqghv->bkgv", weights, grad_grouped)
@@ -148,14 +146,9 @@ def _with_bias(scores: Tensor, bias: Tensor | None) -> Tensor:
     return scores + bias.unflatten(1, by_group)
 
 
-def _raw_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+def _capped_scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
+    """[B, G, H / G, Q, K], before anything is added to them."""
     groups = k.shape[2]
     grouped = q.unflatten(2, (groups, q.shape[2] // groups))
-    return torch.einsum("bqghd,bkgd->bghqk", grouped, k) * scale
-
-
-def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
-    scores = _raw_scores(q, k, scale)  # [B, G, H / G, Q, K]
-    if softcap != 0.0:
-        scores = softcap * torch.tanh(scores / softcap)
-    return _with_bias(scores, bias)
+    scores = torch.einsum("bqghd,bkgd->bghqk", grouped, k) * scale
+    return scores if softcap == 0.0 else softcap * torch.tanh(scores / softcap)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dtcp.sequence.arguments import WHOLE_NUMBERS, check_ints, check_tensor
 from dtcp.sequence.key_intervals import KeyIntervals
-from dtcp.sequence.partition import Ints, unique_ascending
+from dtcp.sequence.partition import Ints, joined_neighbours, unique_ascending
 from dtcp.sequence.slot_runs import SlotRuns
 
 TILE = 128
@@ -68,9 +68,8 @@ class KeyLine:
     @classmethod
     def of_tokens(cls, tokens: Ints) -> "KeyLine":
         """Of one part, from the token index of each key, [K] ascending."""
-        first = np.append(True, np.diff(tokens) != 1)[: len(tokens)].nonzero()[0]
-        last = np.append(first[1:], len(tokens))[: len(first)] - 1
-        return cls(0 * first, tokens[first], tokens[last] + 1, 1)
+        start, stop = joined_neighbours(tokens, tokens + 1)
+        return cls(0 * start, start, stop, 1)
 
     def before(self, part: Ints, token: Ints) -> Ints:
         """How many keys of a part come before a token; both of one shape, or broadcast to it."""

@@ -90,9 +90,7 @@ class GatheredFlashAttention:
             dq[own] = dq_row
             parts.append(drows[:, :, 0])
         dkeys, dentries = torch.cat(parts).split((keys.keys.shape[1], _entries(keys).shape[1]), 1)
-        dsink = None
-        if sink is not None:
-            dsink = sink_gradient(grad_out, out, lse, sink)
+        dsink = None if sink is None else sink_gradient(grad_out, out, lse, sink)
         return SparseGradients(dq, dkeys, dentries, dsink)
 
 

@@ -68,9 +68,7 @@ class ReferenceSparseAttention:
             else:
                 places = _selected(keys, tile).clamp(min=0).flatten()
                 dentries[tile.row].index_add_(0, places, grads.own.flatten(0, 1))
-        dsink = None
-        if sink is not None:
-            dsink = sink_gradient_of(delta, lse, sink)
+        dsink = None if sink is None else sink_gradient_of(delta, lse, sink)
         return SparseGradients(dq, dkeys, dentries, dsink)
 
 
