@@ -9,7 +9,7 @@ from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface.install import has_mixers
 from dtcp.parallelize.compile import Compile, has_compiled_blocks
 from dtcp.parallelize.plans.adapters import adapted_model
-from dtcp.trainers.policy_arguments import trains_policy
+from dtcp.trainers.policy_arguments import names_of_trl, trains_policy
 
 
 def check_trained_model(model: Any) -> None:
@@ -89,7 +89,7 @@ def check_trainer(trainer: type) -> None:
     Raises:
         TypeError: a class of TRL that is none of TRL_TRAINERS, nor made of one.
     """
-    names = [each.__name__ for each in trainer.__mro__ if each.__module__.startswith("trl.")]
+    names = names_of_trl(trainer)
     if names and names[0] not in TRL_TRAINERS:
         raise TypeError(
             f"A trainer of TRL on a mesh is one of {', '.join(TRL_TRAINERS)}, whose rows are given "
@@ -106,8 +106,7 @@ def check_callbacks(callbacks: Iterable[Any]) -> None:
     """
     for each in callbacks:
         kind = each if isinstance(each, type) else type(each)
-        of_trl = [its.__name__ for its in kind.__mro__ if its.__module__.startswith("trl.")]
-        if "BEMACallback" in of_trl:
+        if "BEMACallback" in names_of_trl(kind):
             raise TypeError(
                 f"A callback of a Trainer on a mesh leaves the model sharded, got {kind.__name__}, "
                 f"which copies it whole: leave it out, and average saved checkpoints."
@@ -123,10 +122,7 @@ def computes_on_rows(trainer: type) -> bool:
 
 def smooths_by_itself(trainer: type) -> bool:
     """Whether a class smooths labels of logits by itself, where others leave it to the model."""
-    return any(
-        each.__module__.startswith("trl.") and each.__name__ == "SFTTrainer"
-        for each in trainer.__mro__
-    )
+    return "SFTTrainer" in names_of_trl(trainer)
 
 
 def check_launch(accelerator: Any, mesh: ParallelMesh) -> None:

@@ -11,10 +11,12 @@ from torch import nn
 
 def trains_policy(trainer: type) -> bool:
     """Whether a class is TRL's GRPOTrainer, or made of it."""
-    return any(
-        each.__module__.startswith("trl.") and each.__name__ == "GRPOTrainer"
-        for each in trainer.__mro__
-    )
+    return "GRPOTrainer" in names_of_trl(trainer)
+
+
+def names_of_trl(kind: type) -> list[str]:
+    """Of the classes of TRL that a class is made of, in their order."""
+    return [each.__name__ for each in kind.__mro__ if each.__module__.startswith("trl.")]
 
 
 def arguments_by_name(
