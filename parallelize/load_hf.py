@@ -55,9 +55,16 @@ def fill_hf(model: Any, weights: Mapping[str, Tensor] | str | Path) -> None:
 def fill_adapters(model: Any, folder: Path) -> None:
     """Replace the adapters of a PeftModel by those that a folder of peft's holds.
 
+    peft keeps each but the default one in a folder of its name inside.
+
     Raises:
         ValueError: no such file, or adapters of other names or shapes.
     """
+    for adapter in model.peft_config:
+        _fill_adapter(model, adapter, folder if adapter == "default" else folder / adapter)
+
+
+def _fill_adapter(model: Any, adapter: str, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
     files = WeightFiles(folder)
@@ -66,7 +73,7 @@ def fill_adapters(model: Any, folder: Path) -> None:
         get_peft_model_state_dict(
             model,
             model.state_dict(keep_vars=True),
-            adapter_name=model.active_adapter,
+            adapter_name=adapter,
             save_embedding_layers=embeddings,
         )
         for embeddings in (False, True)

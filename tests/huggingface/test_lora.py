@@ -193,6 +193,24 @@ def test_adapters_are_saved_with_the_embeddings_that_peft_saves(mesh, resized):
     dist.barrier()
 
 
+@spmd(ranks=2)
+def test_each_adapter_is_loaded_from_where_peft_keeps_it(mesh):
+    """The active one was given the default one's weights, and the others none."""
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder, src=0)
+    model, _ = on_mesh_of(averaged(adapted()), Degrees(cp=2))
+    save_hf(model, folder[0])
+    expected = {name: x.full_tensor() for name, x in model.state_dict().items()}
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.mul_(2.0 if "lora" in name else 1.0)
+    load_weights(model, Path(folder[0]))
+    assert_close({name: x.full_tensor() for name, x in model.state_dict().items()}, expected)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder[0])
+
+
 def test_adapters_that_do_something_around_the_model_are_refused():
     """AdaLoRA adds a loss where the model gives one, which it does not on a mesh."""
     config = AdaLoraConfig(target_modules=["q_proj"], total_step=10)
