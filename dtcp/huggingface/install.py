@@ -150,7 +150,8 @@ def check_has_no_mixers(model: Any) -> None:
 def check_has_mixers(model: nn.Module) -> None:
     """Refuse a model without mixers: its tokens would meet inside of shards alone.
 
-    So would gradients of a layer that was put into it, or around it, afterwards.
+    And weights that were put into it, or around it, after it was sharded: each rank would have
+    the gradients of its own tokens.
 
     Args:
         model: itself, or what holds it, as of peft.
@@ -162,9 +163,11 @@ def check_has_mixers(model: nn.Module) -> None:
             f"A batch is cut for a model that knows of its shards, got a {type(model).__name__} "
             f"as transformers builds it: call parallelize_hf(model, mesh) first."
         )
+    if not isinstance(model_with_mixers(model), FSDPModule):
+        return  # weights that no unit holds are somebody else's to sum
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     # Listed first: a step that runs beside this thread may gather a weight at any time.
-    parameters = list(model.named_parameters()) if sharded else []
+    parameters = list(model.named_parameters())
     held = {id(x) for unit in sharded for x in weights_held_by(unit)}
     for name, parameter in parameters:
         shard = isinstance(parameter, DTensor) or id(parameter) in held
