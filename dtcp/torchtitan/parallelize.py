@@ -40,10 +40,12 @@ from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
 from torchtitan.distributed.full_dtensor import resolve_fsdp_mesh
 from torchtitan.models.common.decoder import Decoder
+from torchtitan.models.common.linear import ScaledBiasRowwiseLinear
 
 from dtcp._torch.dtensor import wait_for_shard
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.distributed.ops import selective_checkpoint_save_ops
+from dtcp.forward import wrap_forward
 from dtcp.mixer_plan import apply_plan, on_nodes
 from dtcp.parallelize import (
     FSDP,
@@ -232,9 +234,28 @@ def parallelize_decoder(
 def _shard_by_torchtitan(model: Decoder, dims: ParallelDims) -> None:
     """Its own tp and ep; what was frozen still is, though spmd_types makes parameters anew."""
     frozen = [name for name, each in model.named_parameters() if not each.requires_grad]
+    for module in model.modules():
+        # Of its adapted or frozen ones, which are of classes of their own, nobody trains the bias.
+        if type(module) is ScaledBiasRowwiseLinear and module.bias is not None:
+            wrap_forward(module, _with_gradient_of_bias)
     model.parallelize(dims)
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
+
+
+def _with_gradient_of_bias(module: Any, _: Any, x: Tensor) -> Tensor:
+    """As torchtitan's (0.3.0), which adds a part of the bias on each rank of tp.
+
+    Every rank has the gradient of the sum, and that of its part would be too small by their number.
+    """
+    weight, bias = (
+        each.to_local() if isinstance(each, DTensor) else each
+        for each in (module.weight, module.bias)
+    )
+    part = bias / module.tp_degree
+    # Adds 0, and to the gradient what the division has taken from it.
+    part = part + (1 - 1 / module.tp_degree) * (bias - bias.detach())
+    return nn.functional.linear(x, weight, part)
 
 
 def _fsdp_meshes(dims: ParallelDims, mesh: ParallelMesh) -> dict[str, Any]:
