@@ -1,23 +1,44 @@
 """The settings of a run as text: what its checkpoints keep, and what has changed since."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 LEFT_OUT = ("dump_folder", "checkpoint", "metrics", "profiler", "comm", "debug")
 """Sections that change nothing of what is computed."""
 
+PLACES = ("folder", "path", "source")
+"""What names of settings end with that say where something is, not what."""
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+"""Of a function, say, which each process has in another place."""
+
 
 def config_record(config: Any) -> dict[str, str]:
-    """Every setting of torchtitan's config by its dotted name, as text."""
+    """Every setting of torchtitan's config that a result hangs on by its dotted name, as text."""
+    return {
+        name: text
+        for name, text in _settings(config).items()
+        if name.partition(".")[0] not in LEFT_OUT
+    }
+
+
+def settings_of_ranks(config: Any) -> dict[str, str]:
+    """Every setting that all ranks of a run have alike, by its dotted name, as text."""
+    return {name: text for name, text in _settings(config).items() if not name.endswith(PLACES)}
+
+
+def _settings(config: Any) -> dict[str, str]:
     record: dict[str, str] = {}
     for key, value in config.to_dict().items():
-        if key not in LEFT_OUT:
-            _walk(key, value, record)
+        _walk(key, value, record)
     return record
 
 
 def config_changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """What is set differently now, as `name old -> new`."""
+    # Checkpoints of earlier versions have addresses in them.
+    before = {name: _ADDRESS.sub("", text) for name, text in before.items()}
     return [
         f"{name} {before.get(name, 'not set')} -> {now.get(name, 'not set')}"
         for name in sorted(before.keys() | now.keys())
@@ -32,5 +53,7 @@ def _walk(name: str, value: Any, found: dict[str, str]) -> None:
     elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
         for number, inner in enumerate(value):
             _walk(f"{name}.{number}", inner, found)
+    elif isinstance(value, set | frozenset):
+        found[name] = str(sorted(map(str, value)))
     else:
-        found[name] = str(value)
+        found[name] = _ADDRESS.sub("", str(value))

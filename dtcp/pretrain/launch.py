@@ -124,7 +124,7 @@ def check_world(parallelism: Parallelism, ranks: int) -> None:
     degrees = degrees_of(parallelism)
     fixed = math.prod(d for d in degrees.values() if d > 0)
     flexible = degrees["dp_shard"] < 0
-    if ranks == fixed or (flexible and ranks % fixed == 0):
+    if ranks == fixed or (flexible and ranks and ranks % fixed == 0):
         return
     shape = " x ".join(f"{axis} {d}" for axis, d in degrees.items() if d > 1) or "one rank"
     raise ValueError(
@@ -170,11 +170,16 @@ def ranks_for(parallelism: Parallelism, device: Device) -> Ranks:
     """The ranks one machine runs: one per accelerator, or the product of the mesh on the CPU.
 
     Raises:
-        ValueError: accelerators were asked for, and the mesh does not fit them.
+        ValueError: accelerators were asked for, and there is none, or the mesh does not fit them.
     """
     fixed = math.prod(d for d in degrees_of(parallelism).values() if d > 0)
     accelerators = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     if device == "accelerator":
+        if not accelerators:
+            raise ValueError(
+                "Ranks run on accelerators that torch finds, got --dtcp.device accelerator where "
+                "it finds none: set it to cpu, or look at the driver and at this build of torch."
+            )
         check_world(parallelism, accelerators)
         return Ranks(accelerators, "accelerator")
     if device == "cpu" or not accelerators:

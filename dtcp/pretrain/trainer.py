@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torchtitan import trainer as titan
 from torchtitan.components.dataloader import DataloaderExhaustedError
+from torchtitan.distributed import ParallelDims
 
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.distributed.random_weights import WholeDraws
@@ -33,6 +34,7 @@ from dtcp.pretrain.batches import (
     forward_names,
     only_prepared,
 )
+from dtcp.pretrain.checkpoint_fit import Fingerprinted
 from dtcp.pretrain.config_check import check_by_torchtitan, check_settings
 from dtcp.pretrain.data import PackedDocuments, open_source
 from dtcp.pretrain.dry_run import is_dry
@@ -41,6 +43,7 @@ from dtcp.pretrain.folder_lock import FolderLock
 from dtcp.pretrain.launch import ranks_of_machine
 from dtcp.pretrain.output_folder import check_output
 from dtcp.pretrain.progress import describe_run, say
+from dtcp.pretrain.same_start import refuse_other_data, refuse_other_settings
 from dtcp.pretrain.settings import check_counts, check_optimizer, check_profiler
 from dtcp.pretrain.sources import TextFiles
 from dtcp.pretrain.start_weights import check_start
@@ -101,6 +104,8 @@ class Trainer(titan.Trainer):
         with WholeDraws():
             super().__init__(replace(config, model_spec=replace(spec, parallelize_fn=bound)))
         self.mesh = mesh_with_section(self.parallel_dims, section)
+        if isinstance(self.dataloader, Fingerprinted) and not is_dry(config):
+            refuse_other_data(self.dataloader.fingerprint())
         self._check_vocabulary()
         self._check_validation()
         share_router_losses(self.model_parts[0], self.gradient_accumulation_steps)
@@ -115,6 +120,12 @@ class Trainer(titan.Trainer):
             self.expected = expectation(config, self.mesh, self.gradient_accumulation_steps)
             self.metrics_processor.is_held = True
             say(self.expected.lines())
+
+    def init_distributed(self) -> ParallelDims:
+        dims: ParallelDims = super().init_distributed()
+        if not is_dry(self.config):
+            refuse_other_settings(self.config)  # before meshes and models, which may need others
+        return dims
 
     def train(self) -> None:
         """Train to the last step; or to a signal or the end of the data, and save there."""

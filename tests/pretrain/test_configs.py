@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from dtcp.torchtitan.attention import MixerAttention
 
 import pytest
+import torch
 from tokenizers import Tokenizer as HubTokenizer
 from tokenizers import models
 from torchtitan.models.llama3.config_registry import llama3_debugmodel
@@ -102,6 +103,15 @@ def test_a_world_that_the_mesh_does_not_fill_is_refused():
         check_world(mesh, 6)
     with pytest.raises(ValueError, match="world_size=8: start 4 ranks"):
         check_world(replace(mesh, data_parallel_shard_degree=1), 8)
+    with pytest.raises(ValueError, match=r"got world_size=0"):
+        check_world(mesh, 0)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_accelerators_that_are_not_there_are_refused_before_ranks_start():
+    mesh = configs.llama_tiny().parallelism
+    with pytest.raises(ValueError, match=r"got --dtcp.device accelerator where it finds none"):
+        ranks_for(mesh, "accelerator")
 
 
 def test_a_config_of_torchtitan_is_adopted_with_our_attention():
