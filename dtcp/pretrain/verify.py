@@ -1,10 +1,11 @@
-"""Prove a mesh: the first steps on it and the same steps on one device must have the same loss.
+"""Prove a mesh: the first steps on it and on one device have the same losses and gradients.
 
 The one device is a plain model with plain tensors: no Trainer, no DTensor, no FSDP and no
 sharded batch, from the same weights, over the same rows. The weights are taken from the mesh,
 whole, wherever they come from.
 """
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -33,13 +34,19 @@ TOLERANCE = 1e-5
 SMALLEST = 1e-6
 """What a loss is compared with at least: one without a token is 0."""
 
+GRADIENT_TOLERANCE = 1e-3
+"""Largest relative difference of a weight's gradient, or of a thousandth of all gradients' norm."""
+
+Weights = dict[str, Tensor]
+
 
 def verify(config: Trainer.Config) -> int:
     """Run `config.dtcp.verify` steps twice and compare. Returns the exit code, on every rank."""
     config = _shortened(config)
     with float64_by_name():
         trainer = config.build()
-    weights = whole_weights(trainer.model_parts[0])
+    weights = whole_tensors(trainer.model_parts[0].state_dict())
+    gradients = first_gradients(trainer.optimizers, trainer.model_parts[0])
     try:
         trainer.train()
     finally:
@@ -48,29 +55,60 @@ def verify(config: Trainer.Config) -> int:
     if dist.get_rank() == 0 and not trainer.stopped_by:
         say("again       on one device, from the same weights")
         with without_spmd_types():
-            expected = one_device_losses(trainer, weights)
-        verdict = [_compare(trainer.metrics_processor.losses, expected)]
+            losses, expected = one_device_steps(trainer, weights)
+        verdict = [
+            _compare(trainer.metrics_processor.losses, losses)
+            or _compare_gradients(gradients, expected)
+        ]
     dist.broadcast_object_list(verdict, device=trainer.device)
     dist.destroy_process_group()
     return verdict[0]
 
 
-def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with every tensor whole, on the host of rank 0; elsewhere it is empty."""
-    weights = {}
-    for name, value in model.state_dict().items():
+def whole_tensors(tensors: Weights) -> Weights:
+    """Every tensor whole, on the host of rank 0; elsewhere the dict is empty."""
+    found = {}
+    for name, value in tensors.items():
         whole = value.full_tensor() if isinstance(value, DTensor) else value
         if dist.get_rank() == 0:
-            weights[name] = whole.detach().cpu().clone()
-    return weights
+            found[name] = whole.detach().cpu().clone()
+    return found
 
 
-def one_device_losses(trainer: Trainer, weights: dict[str, Tensor]) -> dict[int, float]:
-    """Train a plain copy of the model over the trainer's rows; its loss by step."""
+def first_gradients(optimizers: Any, model: nn.Module) -> Weights:
+    """What the optimizers are given in their first step, whole, by name; empty until then.
+
+    A loss does not show a gradient that is wrong by a factor: AdamW steps as far.
+    """
+    found: Weights = {}
+    steps = itertools.count()
+
+    def keep(*_: Any, **__: Any) -> None:
+        if next(steps):
+            return
+        given = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+        found.update({_unwrapped(name): x for name, x in whole_tensors(given).items()})
+
+    optimizers.register_step_pre_hook(keep)
+    return found
+
+
+def _unwrapped(name: str) -> str:
+    """A parameter's name without what activation checkpointing and compile put into it."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def one_device_steps(trainer: Trainer, weights: Weights) -> tuple[dict[int, float], Weights]:
+    """Train a plain copy of the model over the trainer's rows.
+
+    Returns:
+        its loss by step, and its first gradients.
+    """
     config, device = trainer.config, trainer.device
     model = _plain_model(config, weights, device)
     share_router_losses(model, trainer.gradient_accumulation_steps)
     optimizers = config.optimizer.build(model_parts=[model])
+    gradients = first_gradients(optimizers, model)
     before_step = config.model_spec.post_optimizer_build_fn
     if isinstance(before_step, BeforeStep):
         before_step.register(optimizers, model, None)
@@ -95,7 +133,7 @@ def one_device_losses(trainer: Trainer, weights: dict[str, Tensor]) -> dict[int,
         clip_grad_norm_(list(model.parameters()), config.training.max_norm, foreach=True)
         optimizers.step()
         schedulers.step()
-    return losses
+    return losses, gradients
 
 
 def _accumulate(
@@ -157,7 +195,7 @@ def _shortened(config: Trainer.Config) -> Trainer.Config:
         training=replace(
             config.training,
             steps=steps,
-            dtype=dtype if dtype == "float64" else config.training.dtype,
+            dtype=dtype,
             mixed_precision_param=dtype,
             mixed_precision_reduce=dtype,
         ),
@@ -184,3 +222,22 @@ def _compare(actual: dict[int, float], expected: dict[int, float]) -> int:
         else f"differs     by {worst:.1e}, more than {TOLERANCE}: this mesh computes another loss"
     )
     return 0 if agrees else 1
+
+
+def _compare_gradients(actual: Weights, expected: Weights) -> int:
+    total = math.hypot(*(float(x.norm()) for x in expected.values()))
+    worst, where = 0.0, "none"
+    for name in actual.keys() | expected.keys():
+        mine, its = (found.get(name, torch.zeros(())) for found in (actual, expected))
+        size = max(float(its.norm()), GRADIENT_TOLERANCE * total, SMALLEST)
+        difference = float((mine - its).norm()) / size
+        if not difference <= worst:  # NaN, too
+            worst, where = difference, name
+    if worst <= GRADIENT_TOLERANCE:
+        say(f"gradients   of the first step agree to {worst:.1e}")
+        return 0
+    say(
+        f"differs     by {worst:.1e}, more than {GRADIENT_TOLERANCE}, in the first gradient of "
+        f"{where}, as it is clipped: this mesh trains in another way"
+    )
+    return 1

@@ -83,7 +83,8 @@ class Section:
     """Say at the start what a step should move and hold, and compare each step's bytes with it."""
 
     verify: int = 0
-    """Run this many steps, repeat them on one device, compare the losses, and stop; 0 trains."""
+    """Run this many steps, repeat them on one device, compare losses and the first step's
+    gradients, and stop; 0 trains."""
 
     max_restarts: int = 0
     """How often all ranks are started again after one has failed, where train.py started them."""
