@@ -105,6 +105,7 @@ class Checkpoints(CheckpointManager):
         path = Path(self.initial_load_path) if self.initial_load_path else None
         manifest = None if path is None else verified(path, checksums=self.checksums)
         loaded = self._restore(-1)
+        self._forget_step_of_nothing()
         if path is not None and loaded:
             if not self.initial_load_in_hf:
                 refuse_not_finite_weights(self.states[MODEL].state_dict(), path)
@@ -112,6 +113,17 @@ class Checkpoints(CheckpointManager):
                 f"loaded      {path}{'' if manifest else ', which has no manifest to compare with'}"
             )
         return loaded
+
+    def _forget_step_of_nothing(self) -> None:
+        """Let an optimizer whose run has taken no step start as a new one does.
+
+        torchtitan takes a step of no gradient before it saves the state of a seed checkpoint, and
+        AdamW counts it: its first true step would be smaller.
+        """
+        known = {TRAIN_STATE, OPTIMIZER}.isdisjoint(self.exclude_from_loading)
+        if known and self.states[TRAIN_STATE].step == 0:
+            for optimizer in self.states[OPTIMIZER]:
+                optimizer.state.clear()
 
     def _restore(self, step: int) -> bool:
         """torchtitan's load, with the optimizers' settings left as they are.

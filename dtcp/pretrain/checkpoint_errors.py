@@ -23,6 +23,13 @@ def load_failure(error: CheckpointException, path: Path | str, way_back: str) ->
             f"A checkpoint holds data and no code, got a tensor in {path} that torch refuses "
             f"to read as data: nothing of it was run; {way_back}."
         )
+    lacks = re.search(r"Missing key in checkpoint state_dict: ((\w+)\.\S+?)\.?(\s|$)", str(first))
+    if lacks and lacks[2] in ("optimizer", "lr_scheduler", "dataloader"):
+        return (
+            f"A checkpoint has what the parts of a run keep, got {path} without {lacks[1]}: its "
+            f"{lacks[2]} had other settings; bring them back, or let it start anew by "
+            f"--checkpoint.exclude_from_loading {lacks[2]}."
+        )
     return (
         f"A checkpoint holds the whole state of this model, got {path} ({_cause(error)}): it "
         f"is damaged, or of another model; {way_back}."

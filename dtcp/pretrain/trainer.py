@@ -34,7 +34,6 @@ from dtcp.pretrain.batches import (
     forward_names,
     only_prepared,
 )
-from dtcp.pretrain.checkpoint_fit import Fingerprinted
 from dtcp.pretrain.config_check import check_by_torchtitan, check_settings
 from dtcp.pretrain.data import PackedDocuments, open_source
 from dtcp.pretrain.dry_run import is_dry
@@ -104,7 +103,7 @@ class Trainer(titan.Trainer):
         with WholeDraws():
             super().__init__(replace(config, model_spec=replace(spec, parallelize_fn=bound)))
         self.mesh = mesh_with_section(self.parallel_dims, section)
-        if isinstance(self.dataloader, Fingerprinted) and not is_dry(config):
+        if isinstance(self.dataloader, PackedDocuments) and not is_dry(config):
             refuse_other_data(self.dataloader.fingerprint())
         self._check_vocabulary()
         self._check_validation()

@@ -212,6 +212,27 @@ def test_survive_E5_initial_weights_that_are_not_finite_are_refused(tmp_path):
         SmallRun(tmp_path / "b", initial_load_path=str(start)).resume()
 
 
+def test_survive_E5_a_seed_checkpoint_starts_an_optimizer_that_has_taken_no_step(tmp_path):
+    """torchtitan saves a step of no gradient, which AdamW counts."""
+    seed = SmallRun(tmp_path / "seed")
+    seed.checkpoints.save(0, last_step=True)
+    new = SmallRun(tmp_path / "new").train(3)
+    settings = {"initial_load_path": str(seed.root / "step-0")}
+    started = SmallRun(tmp_path / "started", **settings).resume().train(3)
+    assert torch.equal(started.weights(), new.weights())
+
+
+def test_survive_E5_a_part_with_other_settings_is_named(tmp_path):
+    run = SmallRun(tmp_path).train(2)
+    other = SmallRun(tmp_path)
+    for group in other.optimizers.optimizers[0].param_groups:
+        group["amsgrad"] = True
+    said = r"without optimizer\.state\.0\.weight\.max_exp_avg_sq: its optimizer had other settings"
+    with pytest.raises(ValueError, match=said):
+        other.resume()
+    assert run.step == 2
+
+
 @spmd(ranks=2)
 def test_survive_E8_a_save_in_the_background_is_said_when_it_is_on_disk(mesh):
     folder = shared_folder()
