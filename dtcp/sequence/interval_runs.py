@@ -18,6 +18,7 @@ from typing import cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dtcp.sequence.block_runs import BlockRuns
 from dtcp.sequence.coords import Coords
@@ -29,9 +30,11 @@ from dtcp.sequence.masks import (
     BlockBidirectional,
     Causal,
     Mask,
+    MemoryDocument,
     Or,
     PrefixLM,
     SlidingWindow,
+    ends_of,
 )
 from dtcp.sequence.partition import Ints, differs, expand, stops_of, sums_before, unique_ascending
 
@@ -69,11 +72,26 @@ def interval_runs(mask: Mask, coords: Coords, row: int = 0) -> IntervalRuns:
     """
     lengths = None if coords.documents is None else coords.documents.lengths[row]
     if lengths is None or not _is_known(mask) or not _is_prefix_of_documents(coords, row):
-        return read_off_runs(*(x[row].numpy() for x in mask.intervals(coords)))
+        return read_off_runs(*(x[row].numpy() for x in _intervals(mask, coords)))
     runs: IntervalRuns | None = coords.memo.get((mask, row))
     if runs is None:
         runs = coords.memo[mask, row] = _known_runs(mask, coords, row, lengths)
     return runs
+
+
+def _intervals(mask: Mask, coords: Coords) -> tuple[Tensor, Tensor]:
+    """`Mask.intervals` of a mask that may have its own, which has clipped nothing."""
+    first, last = ends_of(mask, mask.intervals(coords), coords)
+    beyond = (last >= first) & ((first < coords.start) | (last > coords.end))
+    if not isinstance(mask, MemoryDocument) and bool(beyond.any()):
+        row, token = beyond.nonzero()[0].tolist()
+        raise ValueError(
+            f"A token sees keys of its own document, got {mask} that gives token {token} of row "
+            f"{row} the keys {int(first[row, token])} to {int(last[row, token])} in one from "
+            f"{int(coords.start[row, token])} to {int(coords.end[row, token])}: name others, or "
+            f"leave `intervals` as it is, and define `_interval`."
+        )
+    return first, last
 
 
 def _known_runs(mask: Mask, coords: Coords, row: int, lengths: tuple[int, ...]) -> IntervalRuns:

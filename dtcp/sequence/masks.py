@@ -8,11 +8,12 @@ seen, whatever the mask.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dtcp.sequence.arguments import check_ints
+from dtcp.sequence.arguments import WHOLE_NUMBERS, check_ints, check_tensor
 from dtcp.sequence.block_runs import split_block
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.memory import Memory
@@ -35,7 +36,7 @@ class Mask:
         Raises:
             ValueError: for some token the mask is not one interval of the row.
         """
-        first, last = self._interval(coords)
+        first, last = ends_of(self, self._interval(coords), coords)
         first, last = torch.maximum(first, coords.start), torch.minimum(last, coords.end)
         none = (coords.document < 0) | (last < first)
         first, last = first.masked_fill(none, 0), last.masked_fill(none, -1)
@@ -57,6 +58,28 @@ class Mask:
 
     def _interval(self, coords: Coords) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
+
+
+def ends_of(mask: Mask, ends: Any, coords: Coords) -> tuple[Tensor, Tensor]:
+    """What a mask gives, once it is seen to be a first and a last key for every token.
+
+    Raises:
+        TypeError, ValueError: it is something else, that torch would broadcast, cut or unpack.
+    """
+    subject, shape = f"The interval of {mask}", coords.document.shape
+    if not isinstance(ends, tuple | list) or len(ends) != 2:
+        raise TypeError(
+            f"{subject} is a first and a last key for every token, got {type(ends).__name__}: "
+            f"return two tensors [B, S]."
+        )
+    first, last = ends
+    check_tensor(subject, shape="[B, S]", dtypes=WHOLE_NUMBERS, first=first, last=last)
+    if first.shape != shape or last.shape != shape:
+        raise ValueError(
+            f"{subject} is a first and a last key for every token, got first.shape="
+            f"{tuple(first.shape)}, last.shape={tuple(last.shape)}: return two of {tuple(shape)}."
+        )
+    return first, last
 
 
 @dataclass(frozen=True)
@@ -237,8 +260,7 @@ class And(_OfTwo):
 
     def _interval(self, coords: Coords) -> tuple[Tensor, Tensor]:
         (a_first, a_last), (b_first, b_last) = (
-            self.left._interval(coords),
-            self.right._interval(coords),
+            ends_of(side, side._interval(coords), coords) for side in (self.left, self.right)
         )
         return torch.maximum(a_first, b_first), torch.minimum(a_last, b_last)
 
@@ -266,7 +288,7 @@ class Or(_OfTwo):
 
     @staticmethod
     def _clipped(mask: Mask, coords: Coords) -> tuple[Tensor, Tensor]:
-        first, last = mask._interval(coords)
+        first, last = ends_of(mask, mask._interval(coords), coords)
         return torch.maximum(first, coords.start), torch.minimum(last, coords.end)
 
 

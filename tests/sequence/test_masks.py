@@ -1,11 +1,13 @@
 """A mask's two forms, the predicate and the intervals, mean what the reference's rule means."""
 
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.masks import (
     AttentionChunks,
@@ -13,9 +15,11 @@ from dtcp.sequence.masks import (
     BlockBidirectional,
     Causal,
     Coords,
+    Mask,
     PrefixLM,
     SlidingWindow,
 )
+from dtcp.softmax.mixer import SoftmaxAttention
 from tests.harness import packings
 from tests.harness.attention_parity import CHUNKS, MASK_CASES
 
@@ -109,6 +113,51 @@ def test_union_that_leaves_a_gap_is_refused():
     # Two tokens from the start, or within documents of two, there is none.
     (FirstToken() | SlidingWindow(7)).intervals(coords)
     (FirstToken() | SlidingWindow(2)).intervals(Coords.of(Documents(((2, 2, 3, 1),), 8)))
+
+
+@dataclass(frozen=True)
+class Given(Mask):
+    """A mask of a user's."""
+
+    interval: Callable[[Coords], object]
+
+    def _interval(self, coords):
+        return self.interval(coords)
+
+
+class Unclipped(Given):
+    """One that answers in the place of `Mask.intervals`."""
+
+    def intervals(self, coords):
+        return self.interval(coords)
+
+
+@pytest.mark.parametrize(
+    ("interval", "match"),
+    [
+        (lambda x: (x.start, x.token_index + 0.5), "last.dtype=torch.float32"),
+        (lambda x: (x.start * torch.nan, x.token_index), "first.dtype=torch.float32"),
+        (lambda x: (x.start > 0, x.token_index), "first.dtype=torch.bool"),
+        (lambda x: (0, x.token_index), "first of type int"),
+        (lambda x: (x.start[:, :1], x.token_index), r"first.shape=\(2, 1\), last.shape=\(2, 4\)"),
+        (lambda x: (x.start, x.token_index[0]), r"last.shape=\(4,\).*return two of \(2, 4\)"),
+        # Of two rows it would be unpacked into them.
+        (lambda x: x.token_index, "got Tensor: return two tensors"),
+        (lambda x: (x.start, x.token_index, x.end), "got tuple: return two tensors"),
+    ],
+)
+def test_what_is_no_interval_for_every_token_is_refused(interval, match):
+    """torch broadcast it, cut it to whole numbers, or took NaN for one."""
+    given, documents = Given(interval), Documents(((3, 1), (4,)), 4)
+    for mask in (given, Unclipped(interval), given & SlidingWindow(3), Causal() | given):
+        with pytest.raises((TypeError, ValueError), match=match):
+            batch_metadata(SoftmaxAttention(mask), documents)
+
+
+def test_keys_of_other_documents_are_refused_of_a_mask_with_intervals_of_its_own():
+    mask = Unclipped(lambda x: (x.token_index - 1, x.token_index))
+    with pytest.raises(ValueError, match=r"token 0 of row 0 the keys -1 to 0 in one from 0 to 2"):
+        batch_metadata(SoftmaxAttention(mask), Documents(((3, 1), (4,)), 4))
 
 
 @pytest.mark.parametrize(
