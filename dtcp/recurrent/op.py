@@ -5,6 +5,7 @@ one (kernels/op.py): what it saves is what it says, checkpointing need not commu
 it counts its own executions; the collectives inside count their bytes.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -207,7 +208,10 @@ def parts_of(x: Inputs, metadata: DeltaMetadata, subject: str) -> list[Inputs]:
             f"{tuple(metadata.starts.shape)} tokens with v.shape={tuple(x.v.shape)}: pass those "
             f"made with this batch."
         )
-    cut = (cut_in_parts(part, metadata) for part in x)
+    # Kernels take decays from differences of a chunk's running sum of g, where -inf has none and a
+    # large number swallows the others' digits. Below this nothing is kept that a float could hold.
+    nothing = math.log(torch.finfo(accumulation(x.g.dtype)).tiny)
+    cut = (cut_in_parts(part, metadata) for part in x._replace(g=x.g.clamp(min=nothing)))
     return [type(x)(*part) for part in zip(*cut, strict=True)]
 
 
