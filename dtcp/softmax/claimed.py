@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from dtcp.distributed.dtensor_rules import HEADS, SEQ
 from dtcp.kernels.rotary import rotate
+from dtcp.local_op import check_differentiation
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import ClaimedMixer
 from dtcp.mixer_positions import check_position_ids
@@ -39,6 +40,7 @@ class ContextParallelAttention(ClaimedMixer, SoftmaxAttention):
         self.check_bias(bias, slope, relative, profiles)
         _check_plain(sink=sink, bias=bias, slope=slope, profiles=profiles)
         check_tensor("Attention", shape="[B, L, heads, width]", q=q, k=k, v=v)
+        check_differentiation("Attention on shards", q, k, v, sink, bias, slope)
         metadata, softmax = self.own(attn_metadata), self.softmax(q)
         distributed = any(isinstance(x, DTensor) for x in (q, k, v))
         if not distributed:

@@ -164,6 +164,12 @@ class SparseBlockAttention(TokenReader):
         check_tensor(SUBJECT, shape="[B, L, H, D]", ndim=4, dtypes=FLOATS, index_q=index.q)
         named: dict[str, Any] = {"index_key": index.key, "index_table": index.table}
         check_tensor(SUBJECT, ndim=3, dtypes=FLOATS, **named)
+        if not q.dtype == k.dtype == v.dtype:
+            # What travels is of the queries' dtype, and would be rounded on ranks alone.
+            raise TypeError(
+                f"{SUBJECT} computes in one floating dtype, got q.dtype={q.dtype}, k.dtype="
+                f"{k.dtype}, v.dtype={v.dtype}: convert q, k and v to one."
+            )
         tokens, heads = q.shape[:2], k.shape[2]
         of_heads = k.shape[3] == q.shape[3] and v.shape[2] == heads and q.shape[2] % heads == 0
         of_index = index.key.shape[2] == index.q.shape[3]

@@ -285,6 +285,8 @@ def test_operands_that_do_not_fit_are_refused():
             layer.mixer(*wrong, metadata)
     with pytest.raises(TypeError, match="index_q"):
         layer.mixer(x.q, x.k, x.v, index._replace(q=None), metadata)
+    with pytest.raises(TypeError, match=r"one floating dtype, got q.dtype=torch.float64, k.dtype="):
+        layer.mixer(x.q, x.k.float(), x.v, index, metadata)
     with pytest.raises(ValueError, match="block_len >= 1"):
         SparseBlockAttention(1, 0)
     with pytest.raises(ValueError, match="finite"):
