@@ -40,10 +40,7 @@ def local_op(
         _refuse_transform(name, transform)
 
     def no_derivative(ctx: Any, *grads: Any) -> NoReturn:
-        raise NotImplementedError(
-            f"{name} has no derivative of its own, got one asked of its result, as of a backward "
-            f"pass with create_graph=True: leave create_graph out, and differentiate once."
-        )
+        refuse_derivative(name)
 
     def make(function: Callable[..., Any]) -> CustomOpDef:
         body = outside_autocast(_without_tangents(name, function))
@@ -70,6 +67,14 @@ def check_differentiation(subject: str, *inputs: Tensor | None) -> None:
     if transform_running():
         _refuse_transform(subject, "any")
     _check_tangents(subject, inputs)
+
+
+def refuse_derivative(name: str) -> NoReturn:
+    """Of the result of an op that is differentiated once."""
+    raise NotImplementedError(
+        f"{name} has no derivative of its own, got one asked of its result, as of a backward "
+        f"pass with create_graph=True: leave create_graph out, and differentiate once."
+    )
 
 
 def _without_tangents(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

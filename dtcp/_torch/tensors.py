@@ -22,3 +22,8 @@ def weak_storage(x: Tensor) -> StorageWeakRef:
 def changes_of(x: Tensor) -> int:
     """How often a tensor has been written to in place (2.11-2.15)."""
     return x._version
+
+
+def base_of(x: Tensor) -> Tensor:
+    """The tensor that one is a view of, or itself (2.11-2.15)."""
+    return x if x._base is None else x._base

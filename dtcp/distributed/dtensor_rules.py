@@ -14,7 +14,7 @@ Example::
     set_dtensor_rule(forward, forward_rule)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Any, TypeVar, cast
 
@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from dtcp._torch.dtensor import local_tensor
 from dtcp._torch.ops import OpOverload, argument_names
+from dtcp._torch.tensors import base_of, changes_of, weak_storage
 from dtcp.distributed.groups import axis_group_name
 
 SEQ, HEADS = 1, 2  # dims of [B, L, H, D], and of lse [B, L, H]
@@ -100,6 +101,40 @@ def _check_equal_shards(
             f"{name} computes on shards of one size, got {sizes} in dim {dim} on axis {index} of "
             f"{mesh}: pad it to a multiple of {mesh.size(index)}."
         )
+
+
+Writes = tuple[Any, int]
+"""Where the shard of a DTensor lies, and how often it has been written to."""
+
+
+def writes_to(x: Tensor) -> Writes | None:
+    """Of what an op keeps for backward, to be compared then; None for what autograd looks at.
+
+    A DTensor counts what is written to itself, and not to the tensor it was made of; nor does it in
+    a graph, whose backward would read what was written after.
+    """
+    # Below autograd a view of a shard has a count of its own.
+    local = local_tensor(cast(DTensor, base_of(x))) if isinstance(x, DTensor) else None
+    if local is None or local.is_inference():
+        return None
+    # Kept, it is no other memory's name: one that hooks of saved tensors gave instead.
+    return weak_storage(local), changes_of(local)
+
+
+def check_unwritten(op: str, kept: Iterable[tuple[str, Tensor, Writes | None]]) -> None:
+    """Refuse what has been written to since forward: of plain tensors autograd does.
+
+    Args:
+        kept: by name, and what `writes_to` said of it then.
+    """
+    for name, x, before in kept:
+        now = writes_to(x)
+        if before is not None and now is not None and now[0] == before[0] and now != before:
+            raise RuntimeError(
+                f"one of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: {name} of {op} is at version {now[1]}, expected "
+                f"{before[1]}: write to a copy, or after backward."
+            )
 
 
 _ELSEWHERE = (Replicate(), Shard(0), Shard(HEADS))

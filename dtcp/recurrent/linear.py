@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtcp.distributed.dtensor_rules import check_unwritten
 from dtcp.distributed.ledger import LEDGER
 from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.dtypes import accumulation
@@ -133,6 +134,8 @@ def _(grad_out, q, k, v, g, state, metadata, scan, groups):  # type: ignore[no-u
 
 def _differentiate(ctx, grad_out, _):  # type: ignore[no-untyped-def]
     q, k, v, g, state, *metadata = ctx.saved_tensors
+    kept = zip(LinearInputs._fields, (q, k, v, g), ctx.writes, strict=False)
+    check_unwritten("dtcp::gated_linear_attention", kept)
     grads = _backward(grad_out, q, k, v, g, state, metadata, ctx.scan, ctx.groups)
     # torch takes a list of names for one argument, but an empty list for a list of tensors.
     return (*grads, [None] * len(metadata), None, None if ctx.groups else [])

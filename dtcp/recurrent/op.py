@@ -15,7 +15,14 @@ from torch import Tensor
 from torch import distributed as dist
 
 from dtcp._torch.dtensor import set_dtensor_rule
-from dtcp.distributed.dtensor_rules import bind, check_placements, to_local, wrap
+from dtcp.distributed.dtensor_rules import (
+    bind,
+    check_placements,
+    check_unwritten,
+    to_local,
+    wrap,
+    writes_to,
+)
 from dtcp.distributed.groups import axis_of, group_of
 from dtcp.distributed.ledger import LEDGER
 from dtcp.distributed.moves import Moved
@@ -177,6 +184,8 @@ def _(grad_out, q, k, v, g, beta, state, metadata, scan, groups):  # type: ignor
 
 def _differentiate(ctx, grad_out, _):  # type: ignore[no-untyped-def]
     q, k, v, g, beta, state, *metadata = ctx.saved_tensors
+    kept = zip(DeltaInputs._fields, (q, k, v, g, beta), ctx.writes, strict=False)
+    check_unwritten("dtcp::gated_delta_rule", kept)
     rest = (metadata, ctx.scan, ctx.groups)
     grads = _backward(grad_out, q, k, v, g, beta, state, *rest)
     # torch takes a list of names for one argument, but an empty list for a list of tensors.
@@ -187,6 +196,7 @@ def keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     """What the backward op of a rule reads: the inputs, and the states that enter segments."""
     *parts, metadata, ctx.scan, ctx.groups = inputs
     ctx.save_for_backward(*parts, output[1], *metadata)
+    ctx.writes = [writes_to(part) for part in parts]
     ctx.mark_non_differentiable(output[1])
 
 

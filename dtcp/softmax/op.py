@@ -12,17 +12,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dtcp._torch.dtensor import local_tensor
-from dtcp._torch.tensors import changes_of, weak_storage
+from dtcp.distributed.dtensor_rules import check_unwritten, writes_to
 from dtcp.distributed.ledger import LEDGER
 from dtcp.distributed.moves import Moved, Moves
 from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.kernels.softmax.types import AUTO
-from dtcp.local_op import local_op
+from dtcp.local_op import local_op, refuse_derivative
 from dtcp.metadata import AttentionMetadata
 from dtcp.softmax.inputs import AttentionInputs, check_inputs
 from dtcp.softmax.moves import AttentionShape, Peers
@@ -250,16 +250,21 @@ class AttentionOp:
         ctx.kept = [each is not None for each in kept]
         present = [each for each in kept if each is not None]
         ctx.save_for_backward(*x.metadata, *present, *result.saved)
-        ctx.writes = [_writes(each) for each in present]
+        ctx.writes = [writes_to(each) for each in present]
         ctx.mark_non_differentiable(*result.saved)
 
     def _differentiate(self, ctx: Any, grad_out: Tensor, _: Any) -> tuple[Any, ...]:
+        if self.strategy.keeps_own_form and torch.is_grad_enabled():
+            # What it saved is no input: gradients would seem to depend on none.
+            refuse_derivative(f"dtcp::{self.name}_backward")
         if isinstance(grad_out, DTensor) and grad_out.placements != ctx.placements:
             grad_out = grad_out.redistribute(placements=ctx.placements)
         # Read once: checkpointing recomputes at the first look and refuses a second.
         tensors = list(ctx.saved_tensors)
         metadata, tensors = tensors[: ctx.num_metadata], tensors[ctx.num_metadata :]
-        self._check_unwritten(ctx, tensors)
+        names = [*AttentionInputs._fields, "out"]
+        present = [name for name, there in zip(names, ctx.kept, strict=True) if there]
+        check_unwritten(f"dtcp::{self.name}", zip(present, tensors, ctx.writes, strict=False))
         *inputs, out = (tensors.pop(0) if there else None for there in ctx.kept)
         x = dict(zip(AttentionInputs._fields, inputs, strict=True))
         if self.strategy.keeps_own_form:
@@ -277,32 +282,6 @@ class AttentionOp:
         for name in ("groups", "group_sizes"):
             grads[name] = None if ctx.handed_on["groups"] else []
         return tuple(grads.get(name) for name in ForwardArguments._fields)
-
-    def _check_unwritten(self, ctx: Any, tensors: Sequence[Tensor]) -> None:
-        """Refuse what has been written to since forward: of plain tensors autograd does."""
-        names = [*AttentionInputs._fields, "out"]
-        present = [name for name, there in zip(names, ctx.kept, strict=True) if there]
-        for name, x, before in zip(present, tensors, ctx.writes, strict=False):
-            now = _writes(x)
-            if before is not None and now is not None and now[0] == before[0] and now != before:
-                raise RuntimeError(
-                    f"one of the variables needed for gradient computation has been modified by an "
-                    f"inplace operation: {name} of dtcp::{self.name} is at version "
-                    f"{now[1]}, expected {before[1]}: write to a copy, or after backward."
-                )
-
-
-def _writes(x: Tensor) -> tuple[Any, int] | None:
-    """Where the shard of a DTensor lies, and how often it has been written to.
-
-    A DTensor counts what is written to itself, and not to the tensor it was made of. None for what
-    autograd counts, and for a trace's tensors, whose writes are put in order.
-    """
-    local = local_tensor(x) if isinstance(x, DTensor) else None
-    if type(local) is not Tensor or local.is_inference():
-        return None
-    # Kept, it is no other memory's name: one that hooks of saved tensors gave instead.
-    return weak_storage(local), changes_of(local)
 
 
 def schema_of(arguments: type[Any], returns: str) -> str:
