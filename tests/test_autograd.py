@@ -104,3 +104,37 @@ def test_second_derivatives_of_attention_by_heads_are_refused(mesh):
         loss = model[0](x, x, x, sharded.attn_metadata).sum()
         with pytest.raises(NotImplementedError, match="differentiate once"):
             torch.autograd.grad(loss, x, create_graph=True)
+
+
+class NoGradient(torch.autograd.Function):
+    """What is read and gives no gradient back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.detach().sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@spmd(ranks=2)
+def test_an_output_without_a_gradient_is_one_of_zeros(mesh):
+    model = nn.ModuleDict(
+        {
+            "ring": SoftmaxAttention(Causal()),
+            "heads": SoftmaxAttention(Causal()),
+            "linear": GatedLinearAttention(),
+        }
+    )
+    styles = {"ring": RingAttention(), "heads": UlyssesAttention(), "linear": GatedLinearCP()}
+    apply_plan(model, mesh, styles)
+    rows = {"inputs_embeds": torch.zeros(1, 16, 1)}
+    _, sharded = shard_batch(rows, ParallelMesh.of_sequence(mesh), model=model)
+    for name, mixer in model.items():
+        x = torch.randn(1, 8, 2, 4, requires_grad=True)
+        placed = DTensor.from_local(x, mesh, (Shard(1),))
+        inputs = [placed, placed, placed, -placed[..., 0].abs()] if name == "linear" else [x] * 3
+        out = mixer(*inputs, sharded.attn_metadata)
+        NoGradient.apply(out.to_local() if name == "linear" else out).backward()
+        assert torch.equal(x.grad, torch.zeros_like(x))

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.tensor import DTensor
 
 from dtcp._torch.dtensor import set_dtensor_rule
 from dtcp.distributed.dtensor_rules import (
@@ -314,6 +315,9 @@ def _backward_on_dtensors(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     """The op's backward on shards."""
     call = bind(op, args, kwargs)
     grad_out, like = call["grad_out"], call["v"]
+    if not isinstance(grad_out, DTensor):
+        # What follows gave no gradient, for which torch puts plain zeros.
+        call["grad_out"] = grad_out = torch.zeros_like(like)
     if grad_out.placements != like.placements:
         call["grad_out"] = grad_out.redistribute(like.device_mesh, like.placements)
     return tuple(wrap(grad, like) for grad in op(**to_local(call)))

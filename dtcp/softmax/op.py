@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, zeros
 
 from dtcp.distributed.dtensor_rules import check_unwritten, writes_to
 from dtcp.distributed.ledger import LEDGER
@@ -242,7 +242,9 @@ class AttentionOp:
         handed_on = {name: getattr(x, name) for name in HANDED_ON}
         ctx.handed_on = {**handed_on, "kv_heads": x.v.shape[2]}
         ctx.has_keys, ctx.num_metadata = x.k is not None, len(x.metadata)
-        ctx.placements = result.out.placements if isinstance(result.out, DTensor) else None
+        ctx.placements = ctx.mesh = None
+        if isinstance(result.out, DTensor):
+            ctx.placements, ctx.mesh = result.out.placements, result.out.device_mesh
         kept: tuple[Tensor | None, ...] = (*x.inputs, result.out)
         if self.strategy.keeps_own_form:
             # Its own q, k, v and out lead what it saved.
@@ -257,6 +259,12 @@ class AttentionOp:
         if self.strategy.keeps_own_form and torch.is_grad_enabled():
             # What it saved is no input: gradients would seem to depend on none.
             refuse_derivative(f"dtcp::{self.name}_backward")
+        if ctx.placements is not None and not isinstance(grad_out, DTensor):
+            # What follows gave no gradient, for which torch puts plain zeros.
+            mesh, dtype = ctx.mesh, grad_out.dtype
+            grad_out = zeros(
+                grad_out.shape, dtype=dtype, device_mesh=mesh, placements=ctx.placements
+            )
         if isinstance(grad_out, DTensor) and grad_out.placements != ctx.placements:
             grad_out = grad_out.redistribute(placements=ctx.placements)
         # Read once: checkpointing recomputes at the first look and refuses a second.
