@@ -38,7 +38,8 @@ class ContextParallelAttention(ClaimedMixer, SoftmaxAttention):
         The op's rule checks their placements (dtensor.py), not traced code.
         """
         self.check_bias(bias, slope, relative, profiles)
-        _check_plain(sink=sink, bias=bias, slope=slope, profiles=profiles)
+        of_queries = sink is not None and sink.ndim == 3
+        _check_plain(sink=None if of_queries else sink, bias=bias, slope=slope, profiles=profiles)
         check_tensor("Attention", shape="[B, L, heads, width]", q=q, k=k, v=v)
         check_differentiation("Attention on shards", q, k, v, sink, bias, slope)
         metadata, softmax = self.own(attn_metadata), self.softmax(q)
@@ -46,6 +47,7 @@ class ContextParallelAttention(ClaimedMixer, SoftmaxAttention):
         if not distributed:
             q, k, v = (self._wrap(x) for x in (q, k, v))
             relative = None if relative is None else self._wrap(relative)
+            sink = self._wrap(sink) if sink is not None and of_queries else sink
         own_bias = {"relative": relative, "profiles": profiles}
         x = AttentionInputs(q, k, v, sink, bias=bias, slope=slope, **own_bias)
         sizes = self.group_sizes

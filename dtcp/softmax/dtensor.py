@@ -15,7 +15,6 @@ from dtcp.distributed.dtensor_rules import (
 )
 from dtcp.softmax.inputs import AttentionInputs, check_inputs
 from dtcp.softmax.op import (
-    OF_TOKENS,
     AttentionOp,
     BackwardArguments,
     ForwardArguments,
@@ -30,7 +29,7 @@ def install_attention_rules(op: AttentionOp) -> None:
 
 def _forward(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     x = ForwardArguments(**bind(op, args, kwargs))
-    of_tokens = [y for y in (x.q, x.k, x.v, x.relative) if y is not None]
+    of_tokens = [getattr(x, name) for name in x.inputs.of_tokens]
     check_placements(str(op), of_tokens, x.groups[0])
     local = ForwardArguments(*to_local(x))
     check_inputs(local.inputs)
@@ -44,6 +43,6 @@ def _backward(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[A
     # Placed as the output was (op.py).
     like = cast(DTensor, x.grad_out)
     x = x._replace(kv_heads=x.kv_heads // num_shards(like, HEADS))
-    present = [name for name in OF_TOKENS if name != "relative" or x.relative is not None]
+    of_tokens = {"q", "k", "v", *x.inputs.of_tokens}
     grads = dict(zip(AttentionInputs._fields, op(*to_local(x)), strict=False))
-    return tuple(wrap(y, like) if name in present else y for name, y in grads.items())
+    return tuple(wrap(y, like) if name in of_tokens else y for name, y in grads.items())

@@ -24,7 +24,7 @@ class AttentionInputs(NamedTuple):
     q: Tensor  # [B, L, H, D]
     k: Tensor | None  # [B, L, G, D]
     v: Tensor  # [B, L, G, V]; of a latent [B, L, 1, C + R]
-    sink: Tensor | None = None  # [H]
+    sink: Tensor | None = None  # [H], or of each query [B, L, H]
     key_scale: Tensor | None = None  # [D]
     up: Tensor | None = None  # [H, N + V, C], D = N + R
     bias: Tensor | None = None  # [H, 2 R + 1], by distance (score_bias.py)
@@ -39,6 +39,29 @@ class AttentionInputs(NamedTuple):
         if self.up is None:
             return self.v.shape[-1]
         return LatentWidths.of(self.q, self.v, self.up).value
+
+    @property
+    def of_tokens(self) -> tuple[str, ...]:
+        """Names of those that have a row for each token."""
+        names = ("q", "k", "v", "relative", *(("sink",) if self.has_own_sinks else ()))
+        return tuple(name for name in names if getattr(self, name) is not None)
+
+    @property
+    def per_head(self) -> tuple[str, ...]:
+        """Names of those that have a row for each head, and none for tokens."""
+        names = ("bias", "slope", *(() if self.has_own_sinks else ("sink",)))
+        return tuple(name for name in names if getattr(self, name) is not None)
+
+    @property
+    def has_own_sinks(self) -> bool:
+        """Whether each query has sinks of its own."""
+        return self.sink is not None and self.sink.ndim == 3
+
+    @property
+    def beside_queries(self) -> list[Tensor]:
+        """What goes with queries where these travel: [B, L, H, channels] each."""
+        sinks = [self.sink[..., None]] if self.sink is not None and self.has_own_sinks else []
+        return sinks if self.relative is None else [self.relative, *sinks]
 
     def queries(self, metadata: LocalMetadata | KeyExchangeMetadata) -> Queries:
         """Local queries, what each of them sees, and what is added to its scores."""
@@ -104,7 +127,7 @@ def check_inputs(x: AttentionInputs, *, keys_sum_grads: bool = False) -> None:
             f"Each kv head serves as many query heads, of its own width, got {shapes}: give q as "
             f"[B, L, H, D] with H a multiple of the G kv heads and D the keys' width."
         )
-    check_sink(x.sink, x.q.shape[2])
+    _check_own_sinks(x) if x.has_own_sinks else check_sink(x.sink, x.q.shape[2])
     _check_bias(x)
     _check_relative(x)
 
@@ -117,7 +140,18 @@ def check_sink(sink: Tensor | None, heads: int) -> None:
     if sink.shape != (heads,):
         raise ValueError(
             f"A sink is one score per query head, got sink.shape={tuple(sink.shape)} with "
-            f"{heads} heads: give [H]."
+            f"{heads} heads: give [H], or [B, L, H] for each query."
+        )
+
+
+def _check_own_sinks(x: AttentionInputs) -> None:
+    assert x.sink is not None
+    check_tensor("Attention", sink=x.sink)
+    if x.sink.shape != x.q.shape[:3] or x.sink.dtype != x.q.dtype:
+        raise ValueError(
+            f"Queries with sinks of their own have one per head, in their dtype, got sink.shape="
+            f"{tuple(x.sink.shape)} of {x.sink.dtype} with q.shape={tuple(x.q.shape)} of "
+            f"{x.q.dtype}: give [B, L, H], or [H] for all queries."
         )
 
 

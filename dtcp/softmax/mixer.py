@@ -129,7 +129,8 @@ class SoftmaxAttention(MaskedMixer):
             k: [B, L, G, D], H a multiple of G; query head h reads kv head h // (H / G).
             v: [B, L, G, V].
             attn_metadata: what the batch brings.
-            sink: [H], one score per head that takes its share of the softmax and adds nothing.
+            sink: [H], one score per head that takes its share of the softmax and adds nothing; or
+                of each query its own, [B, L, H].
             bias: [H, 2 R + 1], added to a score by how many tokens its key lies right of its
                 query, from -R to R; keys farther away get what the last of these get. T5's:
                 t5_distance_bias.

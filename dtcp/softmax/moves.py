@@ -22,7 +22,7 @@ class AttentionShape(MixerShape):
         latent: channels of the latent and the rotary key that travel where keys and values of all
             heads are made of them; 0 where these travel themselves.
         wide: gradients of keys travel in the dtype in which they are summed.
-        relative: channels that go with a query where it travels: what it mixes profiles by.
+        beside_query: channels that go with a query where it travels.
     """
 
     batch: int
@@ -34,12 +34,12 @@ class AttentionShape(MixerShape):
     values_only: bool = False
     latent: int = 0
     wide: bool = False
-    relative: int = 0
+    beside_query: int = 0
 
     @property
     def query_row(self) -> int:
         """Bytes that travel for one token's queries."""
-        width = self.key_dim + self.relative
+        width = self.key_dim + self.beside_query
         return self.batch * self.heads * width * self.element_size
 
     @property
@@ -74,7 +74,8 @@ class AttentionShape(MixerShape):
         k: Tensor | None,
         v: Tensor,
         up: Tensor | None = None,
-        relative: Tensor | None = None,
+        *,
+        beside: Sequence[Tensor] = (),
     ) -> "AttentionShape":
         """That of q [B, L, H, D], k [B, L, G, D] and v [B, L, G, V]; no k where values suffice.
 
@@ -86,9 +87,9 @@ class AttentionShape(MixerShape):
         if up is not None:
             value_dim = LatentWidths.of(q, v, up).value
             return cls(batch, heads, heads, key_dim, value_dim, size, latent=v.shape[3])
-        beside = 0 if relative is None else relative.shape[-1]
         sizes = (batch, heads, kv_heads, key_dim, value_dim, size)
-        return cls(*sizes, values_only=k is None, relative=beside)
+        channels = sum(each.shape[-1] for each in beside)
+        return cls(*sizes, values_only=k is None, beside_query=channels)
 
 
 @dataclass(frozen=True)

@@ -88,8 +88,6 @@ class BackwardArguments(NamedTuple):
         return AttentionInputs(*(getattr(self, name) for name in AttentionInputs._fields))
 
 
-OF_TOKENS = ("q", "k", "v", "relative")
-"""The inputs that have a row for each token."""
 HANDED_ON = ("scale", "softcap", "groups", "kernel", "in_line", "wide")
 """The arguments that forward hands on to backward as they are."""
 
@@ -183,8 +181,9 @@ class AttentionOp:
             for each, like in zip(grads[:-1], _like(x.inputs), strict=True)
         )
         rows, fields = x.grad_out.shape[0], AttentionInputs._fields[:-1]
+        of_tokens = x.inputs.of_tokens
         return tuple(
-            _in_rows(each, rows) if name in OF_TOKENS and each.numel() else each
+            _in_rows(each, rows) if name in of_tokens and each.numel() else each
             for name, each in zip(fields, _apart(results), strict=True)
         )
 
@@ -202,7 +201,7 @@ class AttentionOp:
                     continue
                 # By heads, queries and keys are as many times as many.
                 length = own.shape[1] * tokens[1] // x.q.shape[1]
-                width = own.shape[-1] if index else query_width(x)
+                width = own.shape[-1] if index else query_width(x.inputs)
                 empty[index] = own.new_empty((tokens[0], length, size, width))
         return tuple(empty)
 
@@ -216,15 +215,15 @@ class AttentionOp:
 
     def _forward_moves(self, *arguments: Any) -> Moved:
         x = ForwardArguments(*arguments)
-        shape = AttentionShape.of(x.q, x.k, x.v, x.up, x.relative)
+        shape = AttentionShape.of(x.q, x.k, x.v, x.up, beside=x.inputs.beside_queries)
         return self._moves(shape, x.q.shape[1], x).forward
 
     def _backward_moves(self, *arguments: Any) -> Moved:
         x = BackwardArguments(*arguments)
         batch, length, heads, value_dim = x.grad_out.shape
         # q, k and v may be by heads here, of more tokens and fewer heads.
-        own = AttentionShape.of(x.q, x.k, x.v, x.up, x.relative)
-        width = query_width(x) if self.strategy.keeps_own_form else own.key_dim
+        own = AttentionShape.of(x.q, x.k, x.v, x.up, beside=x.inputs.beside_queries)
+        width = query_width(x.inputs) if self.strategy.keeps_own_form else own.key_dim
         shape = replace(own, batch=batch, heads=heads, kv_heads=x.kv_heads, key_dim=width)
         return self._moves(shape, length, x).backward
 
@@ -309,17 +308,15 @@ def schema_of(arguments: type[Any], returns: str) -> str:
     return f"({', '.join(f'{spelled[kind]} {name}' for name, kind in fields)}) -> {returns}"
 
 
-def query_width(x: AttentionInputs | BackwardArguments) -> int:
-    """Channels of a query by heads, whose relative states came beside it (ulysses.py)."""
-    return x.q.shape[-1] - (0 if x.relative is None else x.relative.shape[-1])
+def query_width(x: AttentionInputs) -> int:
+    """Channels of a query by heads, beside which others came (ulysses.py)."""
+    return x.q.shape[-1] - sum(each.shape[-1] for each in x.beside_queries)
 
 
 def _lined_up(x: AttentionInputs, in_line: bool) -> AttentionInputs:
     """The inputs of a batch whose rows are one line: its metadata are those of one row."""
-    of_tokens: dict[str, Any] = {name: getattr(x, name) for name in OF_TOKENS}
     lined_up: dict[str, Any] = {
-        name: None if each is None else _for_kernels(each, in_line)
-        for name, each in of_tokens.items()
+        name: _for_kernels(getattr(x, name), in_line) for name in x.of_tokens
     }
     return x._replace(**lined_up)
 

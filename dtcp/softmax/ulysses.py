@@ -27,9 +27,6 @@ from dtcp.softmax.row_transfers import MoveRows
 from dtcp.softmax.strategy import ForwardResult, OpContext, Strategy
 from dtcp.softmax.style import AttentionStyle
 
-PER_HEAD = ("sink", "bias", "slope")
-"""The inputs of attention, beside q, k and v, that have a row for each head."""
-
 
 class Ulysses:
     """all_to_all to heads, another strategy on them (attending locally, or a ring), and back.
@@ -66,18 +63,16 @@ class Ulysses:
         (grad,) = _to_sequence((share.split(grad_out),), metadata.order, context)
         own = _by_heads(x, share, context)
         grads = self.outer.backward(grad, own, result, self._outer_context(context, share))
-        beside = grads._replace(q=_beside(grads.q, grads.relative))
-        dq, *dk, dv = self._to_heads(beside, x.q.dtype, share, context)
-        dq, drelative = _apart(dq, grads.relative)
+        dq, *dk, dv = self._to_heads(grads, x.q.dtype, share, context)
+        dq, of_tokens = _apart(dq, grads)
         rest: dict[str, Any] = {"key_scale": grads.key_scale, "profiles": grads.profiles}
-        for name in PER_HEAD:
-            whole, part = getattr(x, name), getattr(grads, name)
-            rest[name] = None if whole is None else torch.zeros_like(whole)
-            if whole is not None and part is not None:
+        for name in x.per_head:
+            rest[name], part = torch.zeros_like(getattr(x, name)), getattr(grads, name)
+            if part is not None:
                 rest[name][_own_heads(share, context.groups)] = part
         # Key scale and profiles are of all heads: this rank's share, as of its queries elsewhere.
         gradients = (dq, dk[0] if dk else None, dv)
-        return AttentionInputs(*gradients, relative=drelative, **rest)
+        return AttentionInputs(*gradients, **of_tokens, **rest)
 
     def saved_like(
         self, x: AttentionInputs, metadata: UlyssesMetadata, group_sizes: Sequence[int]
@@ -87,7 +82,7 @@ class Ulysses:
         share = HeadShare(q.shape[2], v.shape[2], _inner_of(group_sizes))
         batch, length = q.shape[:2]
         whole = (batch, length * share.num_ranks)
-        width = q.shape[-1] + (0 if x.relative is None else x.relative.shape[-1])
+        width = q.shape[-1] + sum(each.shape[-1] for each in x.beside_queries)
         inner_q = q.new_empty(*whole, share.heads // share.num_ranks, width)
         keys = (batch, k.shape[1] * share.num_ranks, share.kv_heads_each)
         inner_k = k.new_empty(*keys, k.shape[-1])
@@ -138,7 +133,7 @@ class Ulysses:
     ) -> list[Tensor]:
         """q, k and v, or q and v, of this rank's heads and all tokens: [B, n * L, heads, D]."""
         metadata: UlyssesMetadata = context.metadata
-        q = share.split(_beside(x.q, x.relative))
+        q = share.split(_beside(x.q, x.beside_queries))
         keys = [y for y in (x.k, x.v) if y is not None]
         if (replicated := _replicated(share, context)) is not None:
             parts = replicated.to_sequence(keys, _mover(context))
@@ -164,6 +159,7 @@ class Ulysses:
         """
         metadata: UlyssesMetadata = context.metadata
         q, *keys = [y for y in grads[:3] if y is not None]
+        q = _beside(q, grads.beside_queries)
         of_keys_dtype = context.grad_dtype(dtype) if share.replicas > 1 else dtype
         if (replicated := _replicated(share, context)) is not None:
             n = share.num_ranks
@@ -241,23 +237,26 @@ def _own_heads(share: HeadShare, groups: Sequence[str]) -> slice:
 
 def _by_heads(x: AttentionInputs, share: HeadShare, context: OpContext) -> AttentionInputs:
     """The inputs of this rank's heads, of those whose q, k and v are by heads."""
-    heads, (q, relative) = _own_heads(share, context.groups), _apart(x.q, x.relative)
-    each = {name: getattr(x, name) for name in PER_HEAD}
-    own: dict[str, Any] = {name: None if y is None else y[heads] for name, y in each.items()}
-    return x._replace(q=q, relative=relative, **own)
+    heads, (q, of_tokens) = _own_heads(share, context.groups), _apart(x.q, x)
+    own: dict[str, Any] = {name: getattr(x, name)[heads] for name in x.per_head}
+    return x._replace(q=q, **of_tokens, **own)
 
 
-def _beside(q: Tensor, relative: Tensor | None) -> Tensor:
-    """Queries with what they mix profiles by, which travels with them."""
-    return q if relative is None else torch.cat((q, relative.to(q.dtype)), dim=-1)
+def _beside(q: Tensor, channels: Sequence[Tensor]) -> Tensor:
+    """Queries with what travels beside them."""
+    return torch.cat((q, *(x.to(q.dtype) for x in channels)), dim=-1) if channels else q
 
 
-def _apart(q: Tensor, relative: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The way back; `relative` says of how many channels."""
-    if relative is None:
-        return q, None
-    width = relative.shape[-1]
-    return q[..., :-width], q[..., -width:]
+def _apart(q: Tensor, x: AttentionInputs) -> tuple[Tensor, dict[str, Any]]:
+    """Queries, and what came beside them; x says of how many channels."""
+    widths = [each.shape[-1] for each in x.beside_queries]
+    q, *beside = q.split([q.shape[-1] - sum(widths), *widths], dim=-1)
+    of_tokens = {}
+    if x.has_own_sinks:
+        of_tokens["sink"] = beside.pop()[..., 0]
+    if beside:
+        of_tokens["relative"] = beside.pop()
+    return q, of_tokens
 
 
 def _to_sequence(parts: Sequence[Tensor], order: Tensor, context: OpContext) -> list[Tensor]:

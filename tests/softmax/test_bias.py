@@ -48,7 +48,6 @@ from tests.harness.spmd import spmd
 from tests.kernels.test_backends import HOPPER
 
 SEQ_LEN, REACH = 48, 9
-OF_TOKENS = ("q", "k", "v", "relative")
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,8 @@ class BiasCase:
     slope: bool = False
     relative: int = 0
     """Tokens that profiles are of; 0 for none."""
+    own_sinks: bool = False
+    """Whether each query has sinks of its own."""
     softcap: float = 0.0
     value_dim: int = 8
     heads: int = 4
@@ -68,6 +69,10 @@ class BiasCase:
     hides: bool = False
     """Whether its table hides far keys from the first heads, by -inf, and the last head has no
     sink, by -inf, too."""
+
+
+def of_tokens(case):
+    return ("q", "k", "v", "relative", *(("sink",) if case.own_sinks else ()))
 
 
 class Truth(NamedTuple):
@@ -90,7 +95,7 @@ def truth(case: BiasCase, num_shards: int) -> Truth:
         "q": draw(B, S, H, 8),
         "k": draw(B, S, G, 8),
         "v": draw(B, S, G, case.value_dim),
-        "sink": draw(H),
+        "sink": draw(B, S, H) if case.own_sinks else draw(H),
     }
     if case.table:
         inputs["bias"] = draw(H, 2 * REACH + 1)
@@ -126,7 +131,7 @@ def truth(case: BiasCase, num_shards: int) -> Truth:
             on_diagonal = torch.diag_embed(mixed[..., w:, w], offset=-w)[..., :S, :S]
             scores = scores + on_diagonal
     scores = scores.masked_fill(~(visible | blind[..., None])[:, None], -torch.inf)
-    sink = inputs["sink"].view(1, H, 1, 1).expand(B, H, S, 1)
+    sink = inputs["sink"].expand(B, S, H).transpose(1, 2)[..., None]
     weights = torch.cat((scores, sink), dim=-1).softmax(-1)[..., :S]
     out = torch.einsum("bhqk,bkhd->bqhd", weights, v).masked_fill(blind[..., None, None], 0.0)
     grad_out = draw(out.shape)
@@ -145,7 +150,7 @@ def shard_case(case, mixer, mesh, layout):
 def assert_equals_truth(case, attend, mixer, mesh, layout):
     sharded, expected = shard_case(case, mixer, mesh, layout), truth(case, mesh.size())
     inputs = {
-        name: (sharded.shard(x) if name in OF_TOKENS else x.clone()).requires_grad_()
+        name: (sharded.shard(x) if name in of_tokens(case) else x.clone()).requires_grad_()
         for name, x in expected.inputs.items()
     }
     q, k, v, *rest = inputs.items()
@@ -153,7 +158,7 @@ def assert_equals_truth(case, attend, mixer, mesh, layout):
     assert_close(out, sharded.shard(expected.out))
     grads = torch.autograd.grad(out, [*inputs.values()], sharded.shard(expected.grad_out))
     for name, grad in zip(inputs, grads, strict=True):
-        if name in OF_TOKENS:
+        if name in of_tokens(case):
             assert_close(grad, sharded.shard(expected.grads[name]), msg=lambda m: f"{name}: {m}")  # noqa: B023
         else:
             dist.all_reduce(grad)  # a parameter: each rank has the share of its own queries
@@ -170,8 +175,9 @@ def cases(num_ranks):
         BiasCase(packing=packings.last_shard_padding, hides=True, **heads),
         BiasCase(softcap=1.5, hides=True, **heads),
         BiasCase(table=False, relative=7, **heads),
-        BiasCase(WINDOW, packings.two_rows, relative=11, slope=True, **heads),
+        BiasCase(WINDOW, packings.two_rows, relative=11, slope=True, own_sinks=True, **heads),
         BiasCase(BIDIRECTIONAL, packings.two_rows, table=False, relative=60, value_dim=6, **heads),
+        BiasCase(packing=packings.last_shard_padding, own_sinks=True, **heads),
     )
 
 
@@ -210,15 +216,15 @@ def test_bias_on_one_device_equals_a_dense_one():
 
 @spmd(axes={"cp": 2, "tp": 2})
 def test_bias_with_heads_sharded_is_of_each_ranks_own_heads(mesh):
-    case = BiasCase(BIDIRECTIONAL, packings.two_rows, slope=True, relative=9)
+    case = BiasCase(BIDIRECTIONAL, packings.two_rows, slope=True, relative=9, own_sinks=True)
     mixer = mixer_on(mesh["cp", "tp"], RingAttention(), case.mask_case.mask)
     sharded, expected = shard_case(case, mixer, mesh["cp"], HeadTail), truth(case, 2)
     tp = mesh["tp"].get_local_rank()
     local = {}
     for name, x in expected.inputs.items():
-        of_tokens = name in OF_TOKENS
-        x = sharded.shard(x) if of_tokens else x
-        own = x if name == "profiles" else x.chunk(2, dim=2 if of_tokens else 0)[tp]
+        has_tokens = name in of_tokens(case)
+        x = sharded.shard(x) if has_tokens else x
+        own = x if name == "profiles" else x.chunk(2, dim=2 if has_tokens else 0)[tp]
         local[name] = own.clone().requires_grad_()
     q, k, v, *rest = local.items()
     out = mixer(q[1], k[1], v[1], sharded.attn_metadata, **dict(rest))
@@ -227,7 +233,7 @@ def test_bias_with_heads_sharded_is_of_each_ranks_own_heads(mesh):
     grads = torch.autograd.grad(out, [*local.values()], grad_out)
     for name, grad in zip(local, grads, strict=True):
         whole = expected.grads[name]
-        if name in OF_TOKENS:
+        if name in of_tokens(case):
             assert_close(grad, sharded.shard(whole).chunk(2, dim=2)[tp])
         elif name == "profiles":  # those of all heads: a share of each rank
             dist.all_reduce(grad)
@@ -239,8 +245,8 @@ def test_bias_with_heads_sharded_is_of_each_ranks_own_heads(mesh):
 
 @spmd(ranks=(2, 4))
 def test_bias_of_queries_travels_with_them_by_heads_and_stays_with_them_in_a_ring(mesh, ranks):
-    """3 channels more for each query that is traded, both ways; nothing where keys travel."""
-    case = BiasCase(table=False, relative=7)
+    """3 channels and a sink for each query that is traded, both ways; none where keys travel."""
+    case = BiasCase(table=False, relative=7, own_sinks=True)
     for style, trading in (
         (RingAttention(), 1),
         (AllGatherAttention(), 1),
@@ -250,13 +256,13 @@ def test_bias_of_queries_travels_with_them_by_heads_and_stays_with_them_in_a_rin
         mixer = mixer_on(mesh, style, CAUSAL.mask)
         sharded = shard_case(case, mixer, mesh, HeadTail)
         local = {
-            name: (sharded.shard(x) if name in OF_TOKENS else x).clone().requires_grad_()
+            name: (sharded.shard(x) if name in of_tokens(case) else x).clone().requires_grad_()
             for name, x in truth(case, ranks).inputs.items()
         }
         shape = AttentionShape(1, case.heads, case.kv_heads, 8, case.value_dim, 8)
         seen = {}
-        for relative in (0, 3):
-            x = {n: y for n, y in local.items() if relative or n not in ("relative", "profiles")}
+        for more in (0, 3 + 1):
+            x = {n: y for n, y in local.items() if more or n in ("q", "k", "v")}
             q, k, v, *rest = x.items()
             with count_traffic() as forward:
                 out = mixer(q[1], k[1], v[1], sharded.attn_metadata, **dict(rest))
@@ -267,12 +273,12 @@ def test_bias_of_queries_travels_with_them_by_heads_and_stays_with_them_in_a_rin
                 sharded.coords,
                 sharded.layout,
                 mesh.get_local_rank(),
-                replace(shape, relative=relative),
+                replace(shape, beside_query=more),
             )
-            seen[relative] = (forward.received, backward.received)
-            assert seen[relative] == (moves.received.forward, moves.received.backward)
-        more = (trading - 1) * sharded.layout.shard_len * case.heads * 3 * 8 // trading
-        assert seen[3] == (seen[0][0] + more, seen[0][1] + more)
+            seen[more] = (forward.received, backward.received)
+            assert seen[more] == (moves.received.forward, moves.received.backward)
+        added = (trading - 1) * sharded.layout.shard_len * case.heads * 4 * 8 // trading
+        assert seen[4] == (seen[0][0] + added, seen[0][1] + added)
 
 
 class Block(nn.Module):
@@ -294,7 +300,7 @@ def test_compiled_bias_is_one_graph_for_all_batches(mesh):
         attend = torch.compile(Block(mixer), backend="aot_eager", fullgraph=True)
         with count_graphs() as graphs:
             for packing in (packings.across_borders, packings.one_document):
-                case = BiasCase(packing=packing, relative=20)
+                case = BiasCase(packing=packing, relative=20, own_sinks=True)
                 assert_equals_truth(case, attend, mixer, mesh, HeadTail)
         assert (graphs.graphs, graphs.breaks) == (1, 0)
 

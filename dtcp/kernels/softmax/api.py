@@ -215,7 +215,7 @@ def attend_once_backward(
 
 
 def local_sink_gradient(saved: SavedForward, sink: Tensor | None) -> Tensor | None:
-    """Gradient of the sinks over this rank's queries, [H]; None without sinks."""
+    """Gradient of the sinks over this rank's queries; None without sinks."""
     return None if sink is None else sink_gradient(*saved, sink)
 
 

@@ -31,7 +31,7 @@ def add_sink(out: Tensor, lse: Tensor, sink: Tensor | None) -> tuple[Tensor, Ten
     attention with a sink is the backward of attention itself (block.py).
 
     Args:
-        sink: [H], one score per head; None for no sinks.
+        sink: [H], one score per head, or [B, L, H], one per query; None for no sinks.
     Returns:
         out and lse, new tensors.
 
@@ -46,11 +46,12 @@ def add_sink(out: Tensor, lse: Tensor, sink: Tensor | None) -> tuple[Tensor, Ten
 
 
 def sink_gradient(grad_out: Tensor, out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
-    """Gradient of the sinks, [H]; out and lse are those that add_sink returned."""
+    """Gradient of the sinks; out and lse are those that add_sink returned."""
     return sink_gradient_of((grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1), lse, sink)
 
 
 def sink_gradient_of(delta: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
-    """Gradient of the sinks, [H], from delta = rowsum(grad_out * out) and lse, [B, L, H] each."""
+    """Gradient of the sinks, from delta = rowsum(grad_out * out) and lse, [B, L, H] each."""
     weight = torch.exp(sink.to(lse.dtype) - lse).masked_fill(lse == NOTHING_SEEN, 0.0)
-    return -(weight * delta).sum((0, 1)).to(sink.dtype)
+    of_queries = -weight * delta
+    return (of_queries if sink.ndim == 3 else of_queries.sum((0, 1))).to(sink.dtype)
