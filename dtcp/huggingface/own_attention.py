@@ -17,7 +17,7 @@ from dtcp.huggingface.block_attention import BLOCKS
 from dtcp.huggingface.compressed_attention import COMPRESSED
 from dtcp.huggingface.picking_attention import PICKING
 from dtcp.huggingface.picking_forms import own_values_of_picking
-from dtcp.huggingface.relative_attention import RELATIVE
+from dtcp.huggingface.relative_attention import RELATIVE, own_values_of_relative
 from dtcp.softmax.distance_bias import alibi_slopes
 
 CODEGEN_PARTS = 4
@@ -65,7 +65,7 @@ def own_values(module: Any) -> dict[str, Any]:
     if type(module).__name__ in (*COMPRESSED, *BLOCKS):
         return own_rope(module)
     if type(module).__name__ in RELATIVE:
-        return {}
+        return own_values_of_relative(module)
     names = ("num_heads", "n_heads", "num_attention_heads")
     heads = next(getattr(module, name) for name in names if hasattr(module, name))
     # Whatever device the model is built on.

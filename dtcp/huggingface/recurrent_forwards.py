@@ -4,6 +4,7 @@ Their forward is written again, by the name of the class, and held against the o
 for.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -129,10 +130,37 @@ def _zaya(
 
 def _inkling(self: Any, hidden_states: Tensor, *, attn_metadata: Any, **_: Any) -> Tensor:
     """InklingShortConvolution: a convolution beside its input, in fp32."""
-    x = hidden_states.to(_wide(hidden_states))
+    x, out = _beside_convolved(causal_conv1d_fn, self, hidden_states, attn_metadata)
+    return (out + x).to(hidden_states.dtype)
+
+
+def _inkling_2(self: Any, hidden_states: Tensor, *_: Any, attn_metadata: Any, **__: Any) -> Tensor:
+    """Inkling2ShortConvolution: the same, of unit size where both are."""
+    x, out = _beside_convolved(causal_conv1d_fn, self, hidden_states, attn_metadata)
+    return ((out + x) / math.sqrt(self.conv_kernel_size + 1)).to(hidden_states.dtype)
+
+
+def _beside_convolved(
+    kernel: Callable[..., Tensor], self: Any, x: Tensor, attn_metadata: Any
+) -> tuple[Tensor, Tensor]:
+    x = x.to(_wide(x))
     weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-    out = causal_conv1d_fn(x.transpose(1, 2), weight, bias, attn_metadata=attn_metadata)
-    return (out.transpose(1, 2) + x).to(hidden_states.dtype)
+    return x, kernel(x.transpose(1, 2), weight, bias, attn_metadata=attn_metadata).transpose(1, 2)
+
+
+def _inkling_2_dynamic(
+    self: Any, hidden_states: Tensor, dynamic_input: Tensor, *_: Any, attn_metadata: Any, **__: Any
+) -> Tensor:
+    """Inkling2DynamicShortConvolution: taps of each channel, and of each token and head."""
+    width, x = self.conv_kernel_size, hidden_states.to(_wide(hidden_states))
+    of_token = self.weight_proj(dynamic_input).to(x.dtype).unflatten(-1, (-1, width))
+    out, lagged = x, x
+    for lag, of_channel in enumerate(self.static_weight.to(x.dtype)):
+        if lag:
+            lagged = previous_token(lagged, attn_metadata=attn_metadata)
+        heads = of_channel.unflatten(0, (of_token.shape[2], -1)) + of_token[..., lag, None]
+        out = out + lagged * heads.flatten(2)
+    return (out / math.sqrt(2 * width + 1)).to(hidden_states.dtype)
 
 
 def _convolved(kernel: Callable[..., Tensor], self: Any, x: Tensor, attn_metadata: Any) -> Tensor:
@@ -163,6 +191,10 @@ WRITTEN_AGAIN: Mapping[str, Any] = {
     "RecurrentGemmaRecurrentBlock": _griffin,
     "ZayaCCAProjection": _zaya,
     "InklingShortConvolution": _inkling,
+    "Inkling2ShortConvolution": _inkling_2,
+    "Inkling2DynamicShortConvolution": _inkling_2_dynamic,
+    "Inkling2LoopShortConvolution": _inkling_2,
+    "Inkling2LoopDynamicShortConvolution": _inkling_2_dynamic,
     **NGRAM_LAYERS,
 }
 """By the name of the class."""

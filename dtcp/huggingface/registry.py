@@ -122,7 +122,7 @@ def mixer_attention_forward(
     Args:
         query, key, value: [B, H or G, L, D].
         attention_mask: none, or the metadata in its place.
-        s_aux: [H], the sinks.
+        s_aux: [H], the sinks, or of each query [B, L, H].
         position_bias: [H, 2 R + 1], by distance (distance_bias.py).
         slope: [H], ALiBi's (own_attention.py).
         selected: [B, L, k], the tokens that queries read (picking_attention.py).
@@ -140,7 +140,7 @@ def mixer_attention_forward(
     query = query if query_positions is None else tempered(module, query, query_positions)
     # Norms and rotary tables give fp32 under autocast.
     q, k, v = (x.transpose(1, 2) for x in as_autocast_casts(query, key, value))
-    sink = None if s_aux is None else _of_own_heads(s_aux)
+    sink = None if s_aux is None else _of_own_heads(s_aux if s_aux.ndim == 1 else s_aux.to(q.dtype))
     mixer = module.get_submodule(MIXER)
     if isinstance(mixer, LatentMixer):
         if mixer.wide:

@@ -1,23 +1,27 @@
 """Attention of transformers whose queries bias their scores by distance: Inkling's.
 
 There every layer makes a bias of all pairs of tokens, [B, H, L, S], of what each query says of a
-few profiles, and counts the positions that it scales by from the start of its input. The forwards
-are written again: what queries say goes to the mixer as it is, and the model hands its layers the
-positions of the batch.
+few profiles. The forwards are written again: what queries say goes to the mixer as it is. Inkling's
+layers count the positions that they scale by from the start of their input, so its model hands them
+those of the batch; Inkling 2's are handed them, and distances of all pairs, which are left out.
 
-From Thinking Machines Lab 2026, Inkling, as of transformers 5.24 (models/inkling).
+From Thinking Machines Lab 2026, Inkling, as of transformers 5.24 (models/inkling, models/inkling2).
 """
 
 from collections.abc import Callable, Mapping
+from functools import update_wrapper
+from types import CellType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dtcp.huggingface.attend_by_name import attend_by_name, check_no_cache
 
 POSITIONS = "dtcp_positions_of_tokens"
 """The argument in which a model hands its layers positions."""
+DISTANCES, WITHOUT_DISTANCES = "get_relative_distance", "dtcp_without_distances"
+"""What makes the distances of all pairs of tokens, and a model's forward without it."""
 
 
 class RelativeBias(NamedTuple):
@@ -81,9 +85,104 @@ def _hand_on_positions(
     return type(self).forward(self, *args, position_ids=position_ids, **kwargs)
 
 
+def _attend_2(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Any = None,
+    conv_mask: Any = None,
+    key_hidden_states: Tensor | None = None,
+    value_hidden_states: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Inkling2SlidingAttention and Inkling2FullAttention, whose queries have sinks of their own."""
+    check_no_cache(self, kwargs)
+    for name in ("relative_distance", "cache_offset"):
+        kwargs.pop(name, None)
+    position_ids, of_batch = kwargs["position_ids"], kwargs.get("attn_metadata")
+    of_keys = hidden_states if key_hidden_states is None else key_hidden_states
+    of_values = hidden_states if value_hidden_states is None else value_hidden_states
+    q = self.q_proj(hidden_states, position_ids)
+    k, v = (
+        project(x, conv_mask=conv_mask, attn_metadata=of_batch)
+        for project, x in ((self.k_proj, of_keys), (self.v_proj, of_values))
+    )
+    arguments = {
+        "scaling": self.scaling,
+        "dropout": self.attention_dropout if self.training else 0.0,
+        "relative_bias": self.relative_position_bias(hidden_states, None, position_ids),
+        "s_aux": self.sink_proj(hidden_states),
+    }
+    out = attend_by_name(self, q, k, v, attention_mask, **arguments, **kwargs)
+    return self.o_proj(out, hidden_states), None
+
+
+def _bias_2(self: Any, hidden_states: Tensor, _: Any, position_ids: Tensor) -> RelativeBias:
+    """Inkling2RelativePositionBias."""
+    relative = self.linear(hidden_states).unflatten(-1, (-1, self.proj.shape[0]))
+    return RelativeBias(self.norm(relative, position_ids), self.proj)
+
+
+def _over_blocks(self: Any, block_states: Tensor, states: Tensor, *at: int) -> Any:
+    """Inkling2BlockAttentionResidual: a token attends to its own states after blocks of layers.
+
+    It calls attention by name, and no tokens meet. Inkling 2's loop has queries for each layer.
+    """
+    stacked = self.norm(torch.cat((block_states, states.unsqueeze(-2)), dim=-2).float())
+    width = stacked.shape[-1]
+    query = (self.query[at] if at else self.query.view(-1, width)).float()
+    scores = torch.einsum("qe,blne->blqn", query, stacked) * width**-0.5
+    out = torch.einsum("blqn,blne->blqe", scores.softmax(-1), stacked)
+    return out if at else out.unbind(-2)
+
+
+def _without_distances(self: Any, *args: Any, position_ids: Any = None, **kwargs: Any) -> Any:
+    """Inkling2TextModel."""
+    return getattr(self, WITHOUT_DISTANCES)(self, *args, position_ids=position_ids, **kwargs)
+
+
+def own_values_of_relative(module: nn.Module) -> dict[str, Any]:
+    """The forward of a model's class, where that makes distances of all pairs of tokens."""
+    if RELATIVE[type(module).__name__] is not _without_distances:
+        return {}
+    return {WITHOUT_DISTANCES: _renamed(type(module).forward, {DISTANCES: _no_distances})}
+
+
+def _no_distances(*_: Any, **__: Any) -> None:
+    """In the place of [L, L] numbers that nobody reads."""
+
+
+def _renamed(function: Any, names: Mapping[str, Any]) -> FunctionType:
+    """A function, with all that is around it, in which global names stand for something else."""
+    inside, names_of_all = getattr(function, "__wrapped__", None), function.__globals__
+    closure = function.__closure__
+    if inside is None:
+        names_of_all = {**names_of_all, **names}
+    else:
+        renamed = _renamed(inside, names)
+        closure = tuple(CellType(renamed) if x.cell_contents is inside else x for x in closure)
+    defaults = (function.__name__, function.__defaults__, closure)
+    made = FunctionType(function.__code__, names_of_all, *defaults)
+    update_wrapper(made, function)
+    made.__kwdefaults__ = function.__kwdefaults__
+    if inside is not None:
+        made.__wrapped__ = renamed  # type: ignore[attr-defined]
+    return made
+
+
 RELATIVE: Mapping[str, Callable[..., Any]] = {
     "InklingAttention": _attend,
     "InklingRelativeLogits": _bias,
     "InklingTextModel": _hand_on_positions,
+    "Inkling2SlidingAttention": _attend_2,
+    "Inkling2FullAttention": _attend_2,
+    "Inkling2RelativePositionBias": _bias_2,
+    "Inkling2BlockAttentionResidual": _over_blocks,
+    "Inkling2TextModel": _without_distances,
+    "Inkling2LoopSlidingAttention": _attend_2,
+    "Inkling2LoopFullAttention": _attend_2,
+    "Inkling2LoopRelativePositionBias": _bias_2,
+    "Inkling2LoopBlockAttentionResidual": _over_blocks,
+    "Inkling2LoopMessageAttentionResidual": _over_blocks,
+    "Inkling2LoopTextModel": _without_distances,
 }
 """By the name of the class."""
