@@ -71,7 +71,7 @@ class CheckedHuggingFaceModel:
         if getattr(model.config, "_experts_implementation", None) == "grouped_mm":
             # torch 2.13 has no grouped matmul in fp64; the batched one computes the same.
             model.set_experts_implementation("batched_mm")
-        return in_fp64(model)
+        return self._as_it_runs(in_fp64(model))
 
     def mixing(self, model: Any, style: AttentionStyle, tp: int = 1) -> Mixing:
         notes = () if ":" in self.config else self._small().notes
@@ -141,6 +141,18 @@ class CheckedHuggingFaceModel:
 
     def _small(self) -> SmallConfig:
         return small_config(self.config, self.change, REMEDY)
+
+    def _as_it_runs(self, model: Any) -> Any:
+        """A model in fp64; where that does not run, with what it keeps in fp32 in that."""
+        kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+        try:
+            self._run_alone(model)
+        except ValueError:
+            inside = re.compile("|".join(rf"(^|\.){re.escape(name)}($|\.)" for name in kept))
+            for name, x in (*model.named_parameters(), *model.named_buffers()) if kept else ():
+                if inside.search(name) and x.is_floating_point():
+                    x.data = x.data.float()
+        return model
 
     def _run_alone(self, model: Any) -> None:
         """Run the unmodified model on a few tokens: what fails here, no mesh has to do with."""

@@ -144,7 +144,7 @@ def _beside_convolved(
     kernel: Callable[..., Tensor], self: Any, x: Tensor, attn_metadata: Any
 ) -> tuple[Tensor, Tensor]:
     x = x.to(_wide(x))
-    weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+    weight, bias = self.conv1d.weight.squeeze(1).to(x.dtype), self.conv1d.bias
     return x, kernel(x.transpose(1, 2), weight, bias, attn_metadata=attn_metadata).transpose(1, 2)
 
 
