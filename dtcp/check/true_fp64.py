@@ -31,7 +31,12 @@ class TrueFP64(TorchFunctionMode):
 @contextmanager
 def kernels_in_fp64(model: nn.Module) -> Iterator[None]:
     """Inside, recurrent layers of an unmodified model compute their states in fp64."""
-    layers = recurrent_layers(model)
+    # Weights that a model keeps in fp32 are multiplied in that.
+    layers = [
+        layer
+        for layer in recurrent_layers(model)
+        if all(p.dtype != torch.float32 for p in layer.parameters())
+    ]
     for layer in layers:
         # Those without a kernel to name cast in their own forward.
         whole = type(layer).__name__ in WRITTEN_AGAIN

@@ -64,15 +64,15 @@ class Ulysses:
         own = _by_heads(x, share, context)
         grads = self.outer.backward(grad, own, result, self._outer_context(context, share))
         dq, *dk, dv = self._to_heads(grads, x.q.dtype, share, context)
-        dq, of_tokens = _apart(dq, grads)
-        rest: dict[str, Any] = {"key_scale": grads.key_scale, "profiles": grads.profiles}
+        dq, rest = _apart(dq, grads)
+        rest |= {"key_scale": grads.key_scale, "profiles": grads.profiles}
         for name in x.per_head:
             rest[name], part = torch.zeros_like(getattr(x, name)), getattr(grads, name)
             if part is not None:
                 rest[name][_own_heads(share, context.groups)] = part
         # Key scale and profiles are of all heads: this rank's share, as of its queries elsewhere.
         gradients = (dq, dk[0] if dk else None, dv)
-        return AttentionInputs(*gradients, **of_tokens, **rest)
+        return AttentionInputs(*gradients, **rest)
 
     def saved_like(
         self, x: AttentionInputs, metadata: UlyssesMetadata, group_sizes: Sequence[int]
