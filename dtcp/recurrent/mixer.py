@@ -11,7 +11,7 @@ from dtcp.recurrent.conv import causal_conv
 from dtcp.recurrent.linear import gated_linear_attention
 from dtcp.recurrent.metadata import ConvMetadata, DeltaMetadata, conv_metadata, delta_metadata
 from dtcp.recurrent.op import gated_delta_rule
-from dtcp.sequence.arguments import FLOATS, check_ints, check_tensor
+from dtcp.sequence.arguments import FLOATS, check_ints, check_scale, check_tensor
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.layout import SequenceLayout
 
@@ -28,6 +28,11 @@ class RecurrentMixer(Mixer):
     def own_layout(self, layout: SequenceLayout) -> SequenceLayout:
         """The layout its tokens lie in, where the batch's is this one."""
         return layout if self.inside is None else self.inside(layout.seq_len, layout.num_shards)
+
+    def check_setting(self, name: str, value: Any) -> None:
+        # A learned one is a factor like any other, outside of the op.
+        if name == "scale" and value is not None and not isinstance(value, Tensor):
+            check_scale(value)
 
 
 class GatedDeltaRule(RecurrentMixer):

@@ -1,6 +1,7 @@
 """Recurrent mixers on ranks, held against the recurrence token by token in fp64."""
 
 import functools
+import math
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from dtcp.recurrent import (
     FewestBytes,
     GatedDeltaCP,
     GatedDeltaRule,
+    GatedLinearAttention,
     GatherStates,
     RelayoutCP,
     ScanStates,
@@ -378,3 +380,10 @@ def test_backward_recomputes_and_keeps_only_inputs_and_one_state():
     largest = max(t.numel() for t in kept)
     assert largest <= x.shape[1] * H * V
     assert largest < CHUNK_LEN**2 * H * 4
+
+
+@pytest.mark.parametrize("mixer", [GatedDeltaRule, GatedLinearAttention])
+def test_scale_that_is_no_finite_number_is_refused(mixer):
+    for scale in (math.nan, -math.inf):
+        with pytest.raises(ValueError, match=f"scaled by a finite number, got scale={scale}"):
+            mixer(scale=scale)
