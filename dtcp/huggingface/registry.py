@@ -135,8 +135,8 @@ def mixer_attention_forward(
     Raises:
         ValueError: dropout, a mask, no metadata, or another scale or window than the survey read.
     """
-    _check_fixed(module, arguments)
     attn_metadata = _metadata_alone(module, attention_mask, attn_metadata, dropout)
+    _check_fixed(module, arguments)
     query = query if query_positions is None else tempered(module, query, query_positions)
     # Norms and rotary tables give fp32 under autocast.
     q, k, v = (x.transpose(1, 2) for x in as_autocast_casts(query, key, value))
