@@ -1,6 +1,7 @@
 """Compile attention's kernels for a GPU that is not there, just as they are launched.
 
     python -m tests.harness.interval_compiled bfloat16,128,128 float32,96,80,30.0
+    python -m tests.harness.interval_compiled a100:bfloat16,64,64,0.0,table,slope
 
 Triton is given a GPU that names its capability and does nothing: forward and backward launch as
 they would, on empty CPU tensors, up to the point where the binary would be loaded. Prints what
@@ -12,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from dtcp.kernels import triton_support
+from dtcp.kernels.softmax.score_bias import ScoreBias
 from dtcp.kernels.softmax.triton.attention import TritonAttention
 from dtcp.kernels.softmax.types import (
     GradAccumulators,
@@ -32,6 +35,13 @@ from dtcp.kernels.softmax.types import (
 )
 
 TOKENS, HEADS, KV_HEADS = 256, 4, 2
+BIASES = {
+    "table": (HEADS, 257),
+    "slope": (HEADS,),
+    "relative": (1, TOKENS, HEADS, 16),
+    "profiles": (16, 512),
+}
+"""Shapes of what a score bias is made of, by name."""
 
 
 class Gpu(NamedTuple):
@@ -107,14 +117,29 @@ def registers_and_stack(binary: bytes) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def launch(dtype: torch.dtype, key_dim: int, value_dim: int, softcap: float) -> None:
-    """Forward and backward, as attend and attend_backward launch them."""
+def launch(
+    dtype: torch.dtype,
+    key_dim: int,
+    value_dim: int,
+    softcap: float,
+    biases: Collection[str] = (),
+) -> None:
+    """Forward and backward, as attend and attend_backward launch them.
+
+    Args:
+        biases: of BIASES, but for profiles, which come with relative.
+    """
     rows = {"q": (HEADS, key_dim), "k": (KV_HEADS, key_dim), "v": (KV_HEADS, value_dim)}
     q, k, v = (torch.empty(1, TOKENS, *row, dtype=dtype) for row in rows.values())
     dq, dk, dv = (torch.empty(x.shape) for x in (q, k, v))
     out = torch.empty(1, TOKENS, HEADS, value_dim, dtype=dtype)
     index = torch.zeros(1, TOKENS, dtype=torch.int32)
-    queries, keys = Queries(q, index, index), Keys(k, v, index[0])
+    bias = None
+    if biases:
+        given = {*biases, "profiles"} if "relative" in biases else {*biases}
+        parts = (torch.empty(size) if name in given else None for name, size in BIASES.items())
+        bias = ScoreBias(*parts, query_index=index[0], dtype=dtype)
+    queries, keys = Queries(q, index, index, bias), Keys(k, v, index[0])
     kernel, params = TritonAttention(), SoftmaxParams(0.1, softcap)
     state = OnlineSoftmax.empty(q, value_dim)
     kernel.attend(state, queries, keys, index, params)
@@ -132,10 +157,11 @@ def pretend(gpu: NoGpu) -> None:
 def main() -> None:
     for wanted in sys.argv[1:]:
         name, _, shape = wanted.rpartition(":")
-        dtype, key_dim, value_dim, *softcap = shape.split(",")
+        dtype, key_dim, value_dim, *rest = shape.split(",")
         gpu = NoGpu(GPUS[name or "h100"])
         pretend(gpu)
-        launch(getattr(torch, dtype), int(key_dim), int(value_dim), float(*softcap or (0.0,)))
+        softcap = float(*rest[:1] or (0.0,))
+        launch(getattr(torch, dtype), int(key_dim), int(value_dim), softcap, rest[1:])
         kernels = {name: used._asdict() for name, used in gpu.utils.used.items()}
         print(json.dumps({"wanted": wanted, "kernels": kernels}), flush=True)
 

@@ -20,7 +20,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from dtcp.kernels.softmax.triton import ranges
+from dtcp.kernels.softmax.triton import bias, ranges
 from dtcp.kernels.softmax.triton.attention import TritonAttention
 from dtcp.kernels.softmax.types import (
     GradAccumulators,
@@ -42,6 +42,7 @@ from tests.harness.attention_parity import (
     run,
     shard_case,
 )
+from tests.harness.bias_cases import biased_cases, biased_errors
 from tests.harness.far_apart import far_apart
 from tests.harness.interpreter import patch_language_once_a_launch
 from tests.harness.kernel_cases import kernel_cases, kernel_errors
@@ -129,11 +130,21 @@ def _differ(seq_len: int, window: int, *, ranks: int) -> dict[str, int]:
     return counts
 
 
+def with_a_bias(rank: int) -> dict[str, dict[str, float]]:
+    """The cases of one process; queries are taken in several goes where their name says so."""
+    errors_of, most = {}, bias.MOST_NUMBERS
+    for name, case in list(biased_cases().items())[rank::RANKS]:
+        bias.MOST_NUMBERS = 1 << 12 if "goes" in name else most
+        errors_of[f"bias, {name}"] = biased_errors(case)
+    return errors_of
+
+
 def rank_main(rank: int, store_path: str, results: Any) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of NaNs that the interpreter computes and a mask hides
     own = list(kernel_cases().items())[rank::RANKS]
     errors_of = {name: kernel_errors(case) for name, case in own}
+    errors_of |= with_a_bias(rank)
     if rank == 0:
         errors_of["far apart"] = far_strides()
     else:

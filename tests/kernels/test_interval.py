@@ -7,10 +7,17 @@ from dtcp.kernels.softmax.api import Keys, Queries, attention_kernel
 from dtcp.kernels.softmax.reference import ReferenceAttention
 from dtcp.sequence.documents import Documents
 from tests.harness import packings
+from tests.harness.bias_cases import biased_cases
 from tests.harness.run_script import lines_of, run_python
 
 BOUND = {"half": 2**-10}
 """Weights and results are rounded to fp16, each by half of this; all else must be as in fp32."""
+BOUND_OF_BIAS = {
+    # What out is rounded by, in sums that come near 0 or times distances: as in plain torch.
+    ("bias, half, all", "slope"): 8e-3,
+    ("bias, half, all", "table"): 2e-3,
+    ("bias, table of one number", "table"): 2e-4,
+}
 KERNELS = {"forward_kernel", "query_gradient_kernel", "key_gradient_kernel"}
 
 
@@ -22,6 +29,8 @@ def test_interval_kernels_equal_the_reference():
     which ranks by tokens sum.
     """
     (errors_of,) = lines_of("tests.harness.interval_interpreted", TRITON_INTERPRET="1")
+    with_a_bias = {name: errors_of.pop(name) for name in [*errors_of] if name.startswith("bias")}
+    assert_no_bias_is_wrong(with_a_bias)
     assert len(errors_of) == 13
     whole, windowed, cut = (
         errors_of.pop(f"on ranks, {name}") for name in ("causal", "window", "cut tiles")
@@ -39,6 +48,18 @@ def test_interval_kernels_equal_the_reference():
     assert far == {}
 
 
+def assert_no_bias_is_wrong(errors_of):
+    """Tables, slopes and profiles, alone and together, in a ring and in goes."""
+    assert len(errors_of) == len(biased_cases())
+    far = {
+        (case, name): error
+        for case, errors in errors_of.items()
+        for name, error in errors.items()
+        if not error <= BOUND_OF_BIAS.get((case, name), 2**-10 if "half" in case else 2e-6)
+    }
+    assert far == {}
+
+
 @pytest.mark.slow
 def test_interval_kernels_compile_for_gpus_of_each_size(tmp_path):
     """As they are launched; Triton refuses what exceeds the GPU's shared memory."""
@@ -48,6 +69,8 @@ def test_interval_kernels_compile_for_gpus_of_each_size(tmp_path):
         # What the campaign for a GPU launches first, and the widest of its blocks on Blackwell.
         "bfloat16,128,128",
         "b200:bfloat16,256,256",
+        "bfloat16,128,128,0.0,relative",
+        "a100:bfloat16,256,256,0.0,table,slope,relative",
     )
     reports = lines_of("tests.harness.interval_compiled", *shapes, TRITON_CACHE_DIR=str(tmp_path))
     for report in reports:

@@ -34,6 +34,7 @@ from dtcp.sequence.masks import (
 from dtcp.softmax.mixer import SoftmaxAttention
 from tests.harness import packings
 from tests.harness.attention_parity import IMAGES_IN_WINDOW, Case
+from tests.harness.bias_cases import BiasedCase, biased_cases, biased_errors
 from tests.harness.kernel_cases import kernel_cases, kernel_errors
 
 pytestmark = pytest.mark.gpu
@@ -64,6 +65,34 @@ def test_heads_of_every_width_on_a_gpu(dims, dtype):
         )
         tokens = torch.arange(600)
         assert_within(half._replace(case=case, queries=tokens, parts=[tokens]), dtype)
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("name", biased_cases())
+def test_a_score_bias_on_a_gpu_equals_a_dense_one(name, dtype):
+    assert_bias_within(replace(biased_cases()[name], dtype=dtype))
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256, 512])
+def test_a_score_bias_of_heads_of_every_width_on_a_gpu(dim):
+    """Long enough for every loop of every kernel, each part of the bias alone and together."""
+    widths = {"seq_len": 600, "heads": 4, "kv_heads": 2, "key_dim": dim, "value_dim": dim}
+    half = BiasedCase(40, True, 140, dtype=torch.bfloat16, **widths)
+    for case in (
+        half,
+        replace(half, slope=False, width=None, causal=False),
+        replace(half, reach=None, slope=False, packed=True),
+        replace(half, reach=None, width=None),
+    ):
+        assert_bias_within(case)
+
+
+def assert_bias_within(case):
+    """Beside plain torch in the same dtype: what out is rounded by shows in sums near 0."""
+    plain = biased_errors(case, kernel="reference")
+    errors = biased_errors(case, "cuda")
+    bound = {name: 4 * plain[name] + BOUND[case.dtype] for name in errors}
+    assert {name: error for name, error in errors.items() if not error <= bound[name]} == {}
 
 
 def assert_within(case, dtype):

@@ -8,6 +8,7 @@ import torch
 
 from dtcp.kernels.softmax.calls import CallKind
 from dtcp.kernels.softmax.reference import ReferenceAttention
+from dtcp.kernels.softmax.score_bias import PARTS
 from dtcp.kernels.softmax.self_test import fault_of
 from dtcp.kernels.sparse.reference import ReferenceSparseAttention
 from dtcp.kernels.sparse.self_test import SparseReads, fault_of_sparse
@@ -174,3 +175,27 @@ def test_the_self_test_finds_a_sparse_kernel_that_is_wrong_in_one_thing(wrong, h
     assert fault_of_sparse(lambda: SpoiledSparse(lambda keys: keys), *asked, **of) is None
     said = fault_of_sparse(lambda: SpoiledSparse(change), *asked, **of)
     assert said is not None and reads.value in said
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_kernel_that_leaves_out_a_part_of_a_score_bias_is_found(part):
+    """In its scores, or in a gradient alone."""
+    names = {"relative", "profiles"} if part in ("relative", "profiles") else {part}
+    demand = replace(
+        HOPPER, bias=frozenset(names), device=torch.device("cpu"), key_width=16, value_width=16
+    )
+
+    class Unbiased(ReferenceAttention):
+        def attend(self, state, queries, *args):
+            super().attend(state, queries._replace(bias=None), *args)
+
+    class WithoutGradient(ReferenceAttention):
+        def attend_backward(self, grads, saved, queries, *args):
+            super().attend_backward(grads, saved, queries, *args)
+            queries.bias.gradients[PARTS.index(part)].zero_()
+
+    right, wrong, other = (
+        fault_of(lambda calls, kernel=kernel: kernel(), ReferenceAttention(), demand)
+        for kernel in (ReferenceAttention, Unbiased, WithoutGradient)
+    )
+    assert right is None and "failed its self-test" in wrong and f"in {part}" in other

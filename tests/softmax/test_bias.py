@@ -17,7 +17,7 @@ from dtcp.batch import shard_batch
 from dtcp.compile import EagerIsland, count_graphs
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.kernels.softmax.backends import BACKENDS, backend_named
+from dtcp.kernels.softmax.backends import BACKENDS
 from dtcp.kernels.softmax.choice import choose_kernel
 from dtcp.kernels.softmax.demand import refusal
 from dtcp.mixer_metadata import batch_metadata
@@ -372,16 +372,17 @@ def test_bias_of_alibi_is_that_of_transformers():
 
 
 def test_bias_is_done_by_the_backends_that_say_so():
-    demand = replace(HOPPER, bias=True)
+    demand = replace(HOPPER, bias=frozenset({"table"}))
     for backend in BACKENDS:
         able = any(x.bias for abilities in backend.on.values() for x in abilities)
-        assert (refusal(backend, demand) is None) == able == (backend.name == "reference")
-    assert refusal(backend_named("triton"), demand) == "has no score bias"
+        assert (
+            (refusal(backend, demand) is None) == able == (backend.name in ("triton", "reference"))
+        )
     choice = choose_kernel(demand, "auto", lambda backend, demand: None)
-    assert choice.backend.name == "reference" and "a score bias" in str(choice)
-    assert ("triton", "has no score bias") in choice.passed_over
-    with pytest.raises(ValueError, match=r"kernel='triton', which has no score bias"):
-        choose_kernel(demand, "triton", lambda backend, demand: None)
+    assert choice.backend.name == "triton" and "a score bias" in str(choice)
+    assert ("cudnn", "has no score bias") in choice.passed_over
+    with pytest.raises(ValueError, match=r"kernel='cudnn', which has no score bias"):
+        choose_kernel(demand, "cudnn", lambda backend, demand: None)
 
 
 def test_bias_of_other_shapes_is_refused():

@@ -199,7 +199,7 @@ BACKENDS = (
     Backend(
         "triton",
         {
-            major: (Ability(HeadWidths(1, 512, 1, unequal=True), ANY_MASK, speed),)
+            major: (Ability(HeadWidths(1, 512, 1, unequal=True), ANY_MASK, speed, bias=True),)
             for major, speed in ((0, 1), (8, 120), (9, 390), (10, 600), (12, 150))
         },
         (*HALF, torch.float32),

@@ -24,7 +24,7 @@ class Demand:
         group: query heads that share a kv head.
         triton: whether Triton's kernels run on these tensors.
         triton_width: what Triton's tiles must hold of a head, on this GPU.
-        bias: whether scores have a bias by distance.
+        bias: what scores have of a bias by distance, by name.
         wide: whether results over a part of the keys or queries must be fp32.
     """
 
@@ -41,7 +41,7 @@ class Demand:
     repeatable: bool
     triton: bool
     triton_width: int
-    bias: bool = False
+    bias: frozenset[str] = frozenset()
     wide: bool = False
 
     def __str__(self) -> str:
@@ -86,7 +86,7 @@ def demand_of(
         repeatable=torch.are_deterministic_algorithms_enabled(),
         triton=triton_runs_on(q),
         triton_width=tile_width(q, widest),
-        bias=queries.bias is not None,
+        bias=frozenset() if queries.bias is None else queries.bias.names,
         wide=params.wide,
     )
 

@@ -9,11 +9,16 @@ number per head, Inkling's queries mix a few profiles, and nothing here is as la
 keys: a tile of queries and a block of keys get theirs when they are computed.
 """
 
+from copy import copy
+from functools import cached_property
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dtcp.kernels.dtypes import accumulation
+
+PARTS = ("table", "slope", "relative", "profiles")
 
 
 class ScoreBias:
@@ -89,6 +94,78 @@ class ScoreBias:
             relative[queries] += torch.einsum("bhqw,cw->bqhc", by_distance, self.profiles)
             mixed = self.relative[queries]
             profiles += torch.einsum("bqhc,bhqw->cw", mixed, by_distance)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of what it is made of."""
+        parts = (self.table, self.slope, self.relative, self.profiles)
+        return frozenset(n for n, x in zip(PARTS, parts, strict=True) if x is not None)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether there is more than a slope."""
+        return self.table is not None or self.relative is not None
+
+    @property
+    def distances(self) -> range:
+        """Those with a bias of their own; all beyond share that of the first and of the last."""
+        reach = 0 if self.table is None else self.table.shape[1] // 2
+        width = 0 if self.profiles is None else self.profiles.shape[1]
+        # Beyond profiles is one of 0, on each side.
+        return range(-max(reach, width), max(reach, min(width, 1)) + 1)
+
+    def emptied(self) -> "ScoreBias":
+        """The same, with sums of its own that start from zero."""
+        other = copy(self)
+        other.gradients = tuple(None if x is None else torch.zeros_like(x) for x in self.gradients)
+        return other
+
+    def of_queries(self, queries: slice) -> "ScoreBias":
+        """The bias of some queries, which sums up its gradients where those of all are."""
+        part = copy(self)
+        part.__dict__.pop("rows", None)
+        part.query_index = self.query_index[queries]
+        if self.relative is not None:
+            part.relative = self.relative[:, queries]
+            part.gradients = tuple(
+                x[:, queries] if i == 2 and x is not None else x
+                for i, x in enumerate(self.gradients)
+            )
+        return part
+
+    @cached_property
+    def rows(self) -> Tensor | None:
+        """What is added at each of `distances`, but for the slope: [B or 1, L or 1, H, N]."""
+        parts = []
+        if self.table is not None:
+            at = torch.arange(self.distances.start, self.distances.stop, device=self.table.device)
+            parts.append(self.table[:, self._place(at)][None, None])
+        if self.relative is not None:
+            parts.append(self.relative @ self._padded_profiles())
+        return sum(parts[1:], parts[0]) if parts else None
+
+    def add_row_gradients(self, d_rows: Tensor) -> None:
+        """Sum up what the gradients [B, L, H, N] of `rows` come to, without atomics."""
+        table, _, relative, profiles = self.gradients
+        if table is not None:
+            by_distance, extra = d_rows.sum((0, 1)), -self.distances.start - table.shape[1] // 2
+            stop = extra + table.shape[1]
+            table += by_distance[:, extra:stop]
+            table[:, 0] += by_distance[:, :extra].sum(1)
+            table[:, -1] += by_distance[:, stop:].sum(1)
+        if relative is not None and profiles is not None:
+            assert self.relative is not None
+            relative += d_rows @ self._padded_profiles().T
+            of_padded = self.relative.flatten(0, 2).T @ d_rows.flatten(0, 2)
+            last = 1 - self.distances.start
+            profiles += of_padded[:, last - profiles.shape[1] : last].flip(1)
+
+    def _padded_profiles(self) -> Tensor:
+        """[C, N], by ascending distance, with zeros where they add nothing."""
+        assert self.profiles is not None
+        distances, width = self.distances, self.profiles.shape[1]
+        padding = (1 - width - distances.start, distances.stop - 1)
+        return F.pad(self.profiles.flip(1), padding)
 
     def _distance(self, queries: slice, key_index: Tensor) -> Tensor:
         """[Q, K], positive for keys on the right."""

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dtcp.kernels.faults import excess, fault_in, lse_error, token_error
+from dtcp.kernels.faults import excess, fault_in, largest_error, lse_error, token_error
 from dtcp.kernels.softmax.block_ranges import block_ranges
 from dtcp.kernels.softmax.calls import Call, CallKind, calls_of
 from dtcp.kernels.softmax.demand import Demand
 from dtcp.kernels.softmax.pieces import find_pieces
+from dtcp.kernels.softmax.score_bias import PARTS, ScoreBias
 from dtcp.kernels.softmax.types import (
     AttentionKernel,
     GradAccumulators,
@@ -107,12 +108,28 @@ def _problem(first: Tensor, last: Tensor, demand: Demand) -> Problem:
     rows = noise(num_keys, ROWS, KV_HEADS, key + value).to(dtype).transpose(0, 1)
     k, v = rows.split((key, value), dim=-1)
     return Problem(
-        Queries(q, first.to(device), last.to(device)),
+        Queries(q, first.to(device), last.to(device), _bias(demand, noise)),
         Keys(k, v, index.to(device)),
         block_ranges(first, last, index),
         calls,
         grad_out,
     )
+
+
+def _bias(demand: Demand, noise: Callable[..., Tensor]) -> ScoreBias | None:
+    """Of what is asked for, reaching so far that some keys lie beyond."""
+    if not demand.bias:
+        return None
+    length, heads = LENGTHS[0], demand.group * KV_HEADS
+    made = {
+        "table": noise(heads, 61),
+        "slope": noise(heads) / 64,
+        "relative": noise(ROWS, length, heads, 4).to(demand.dtypes[0]),
+        "profiles": noise(4, 40) / 2,
+    }
+    parts = (made[name] if name in demand.bias else None for name in PARTS)
+    index = torch.arange(length, dtype=torch.int32, device=demand.device)
+    return ScoreBias(*parts, query_index=index, dtype=demand.dtypes[0])
 
 
 def _errors(
@@ -131,9 +148,15 @@ def _errors(
     saved = SavedForward(problem.grad_out, out, lse)
     like = (queries.q, *keys[:2])
     sums = [GradAccumulators(*(lse.new_zeros(x.shape) for x in like)) for _ in "ab"]
-    for each, grads in zip((reference, kernel), sums, strict=True):
-        each.attend_backward(grads, saved, queries, keys, ranges, params)
+    biases = [None if queries.bias is None else queries.bias.emptied() for _ in "ab"]
+    for each, grads, bias in zip((reference, kernel), sums, biases, strict=True):
+        each.attend_backward(grads, saved, queries._replace(bias=bias), keys, ranges, params)
     errors = {"out": token_error(ours.out, right.out), "lse": lse_error(ours.lse, right.lse)}
     for name, *pair in zip(("dq", "dk", "dv"), sums[1], sums[0], strict=True):
         errors[name] = token_error(*pair)
+    if biases[0] is not None and biases[1] is not None:
+        gradients = zip(PARTS, biases[1].gradients, biases[0].gradients, strict=True)
+        errors |= {
+            n: largest_error(a, b) for n, a, b in gradients if a is not None and b is not None
+        }
     return errors

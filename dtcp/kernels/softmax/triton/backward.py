@@ -12,6 +12,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from dtcp.kernels.softmax.triton.bias import (
+    add_bias,
+    add_bias_gradients,
+    store_bias_sums,
+    token_index_of,
+)
 from dtcp.kernels.softmax.triton.tiles import (
     NO_KEY,
     TokenTile,
@@ -26,6 +32,20 @@ from dtcp.kernels.softmax.triton.tiles import (
 from dtcp.kernels.triton_constants import LOG2_E
 
 
+class KeyOperands(NamedTuple):
+    """What a tile of queries reads of its keys, and what of these it sees, in a kernel."""
+
+    k: Any
+    v: Any
+    from_key: Any
+    to_key: Any
+    stop: Any
+    length: Any
+    bias: Any
+    gradients: Any  # of the bias
+    of_queries: Any  # their token indices, where there is a bias
+
+
 class QueryOperands(NamedTuple):
     """What a block of keys reads of the queries that see it, in a kernel."""
 
@@ -35,6 +55,8 @@ class QueryOperands(NamedTuple):
     delta: Any
     ranges: Any
     length: Any
+    bias: Any
+    of_keys: Any  # their token indices, where there is a bias
 
 
 @triton.jit
@@ -51,6 +73,8 @@ def query_gradient_kernel(
     length,
     group_size,
     score_params,
+    bias,
+    bias_gradients,
     shape: tl.constexpr,
 ):
     """Grid: (tiles, H, B). Adds to dq; writes rowsum(grad_out * out) to delta [B, L, H]."""
@@ -76,26 +100,63 @@ def query_gradient_kernel(
     level = _lse_in_log2(lse, tile, length)
     sums = tl.zeros((shape.queries, shape.key_block), tl.float32)
     rows = tl.arange(0, shape.keys)
+    of_queries, zeros = None, tl.zeros((shape.queries,), tl.float32)
+    if bias is not None:
+        of_queries = token_index_of(bias.query_index, tile, length, False)
+    bias_sums = (zeros, zeros, zeros)
+    x = KeyOperands(k, v, from_key, to_key, stop, length, bias, bias_gradients, of_queries)
+    operands = (queries, grads, row_delta, level)
     for index in range(partial):
         start = partial_block(index, begin, full_begin, full, shape.keys)
         block = TokenTile(tile.batch, group, start, rows)
-        keys = load_tile(k, block, stop, shape.key_dim, shape.key_block, True)
-        values = load_tile(v, block, stop, shape.value_dim, shape.value_block, True)
-        scores, tanh = _scores(queries, keys, score_params, shape)
-        key = (start + rows)[None, :]
-        seen = (key >= from_key[:, None]) & (key < to_key[:, None])
-        weights = tl.exp2(tl.where(seen, scores, float("-inf")) - level[:, None])
-        d_scores = _score_gradients(weights, grads, values, row_delta[:, None], tanh, shape)
-        sums = tl.dot(d_scores.to(keys.dtype), keys, sums, input_precision="ieee")
+        sums, bias_sums = _add_keys(
+            sums, bias_sums, operands, tile, x, block, score_params, shape, True
+        )
     for index in range(full):
         block = TokenTile(tile.batch, group, full_begin + index * shape.keys, rows)
-        keys = load_tile(k, block, stop, shape.key_dim, shape.key_block, False)
-        values = load_tile(v, block, stop, shape.value_dim, shape.value_block, False)
-        scores, tanh = _scores(queries, keys, score_params, shape)
-        weights = tl.exp2(scores - level[:, None])
-        d_scores = _score_gradients(weights, grads, values, row_delta[:, None], tanh, shape)
-        sums = tl.dot(d_scores.to(keys.dtype), keys, sums, input_precision="ieee")
+        sums, bias_sums = _add_keys(
+            sums, bias_sums, operands, tile, x, block, score_params, shape, False
+        )
     add_to_tile(dq, sums * score_params.scale, tile, length, shape.key_dim, shape.key_block)
+    if bias is not None:
+        store_bias_sums(bias_gradients, bias_sums, tile, length)
+
+
+@triton.jit
+def _add_keys(
+    sums,
+    bias_sums,
+    operands,
+    tile,
+    x,
+    block,
+    score_params,
+    shape: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """All sums of a tile of queries with the share of one block of keys."""
+    queries, grads, row_delta, level = operands
+    keys = load_tile(x.k, block, x.stop, shape.key_dim, shape.key_block, MASKED)
+    values = load_tile(x.v, block, x.stop, shape.value_dim, shape.value_block, MASKED)
+    scores, tanh = _scores(queries, keys, score_params, shape)
+    if x.bias is not None:
+        of_keys = token_index_of(x.bias.key_index, block, x.stop, True)
+        scores = add_bias(scores, x.bias, tile, x.length, x.of_queries, of_keys, 1)
+    if MASKED:
+        key = (block.first + block.rows)[None, :]
+        seen = (key >= x.from_key[:, None]) & (key < x.to_key[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
+    weights = tl.exp2(scores - level[:, None])
+    d_scores = _score_gradients(weights, grads, values, row_delta[:, None])
+    if x.bias is not None:
+        stored = (tile.first + tile.rows < x.length)[:, None]
+        if MASKED:
+            stored = stored & seen
+        bias_sums = add_bias_gradients(
+            bias_sums, d_scores, x.bias, x.gradients, tile, x.length, x.of_queries, of_keys, stored
+        )
+    d_scores = _product_gradients(d_scores, tanh, shape)
+    return tl.dot(d_scores.to(keys.dtype), keys, sums, input_precision="ieee"), bias_sums
 
 
 @triton.jit(do_not_specialize=["num_keys"])
@@ -114,6 +175,7 @@ def key_gradient_kernel(
     num_keys,
     group_size,
     score_params,
+    bias,
     shape: tl.constexpr,
 ):
     """Grid: (blocks of keys, G, B). Adds to dk and dv, over the heads that share the keys."""
@@ -129,7 +191,10 @@ def key_gradient_kernel(
     values = load_tile(v, own, num_keys, shape.value_dim, shape.value_block, True)
     key_sums = tl.zeros((shape.keys, shape.key_block), tl.float32)
     value_sums = tl.zeros((shape.keys, shape.value_block), tl.float32)
-    operands = QueryOperands(q, grad_out, lse, delta, ranges, length)
+    of_keys = None
+    if bias is not None:
+        of_keys = token_index_of(bias.key_index, own, num_keys, False)
+    operands = QueryOperands(q, grad_out, lse, delta, ranges, length, bias, of_keys)
     rows = tl.arange(0, shape.queries)
     for shared in range(group_size):
         head = group * group_size + shared
@@ -164,6 +229,9 @@ def _add_queries(
     """Both sums with the share of one tile of queries; scores are [keys, queries] here."""
     queries = load_tile(x.q, tile, x.length, shape.key_dim, shape.key_block, MASKED)
     scores, tanh = _scores(keys, queries, score_params, shape)
+    if x.bias is not None:
+        of_queries = token_index_of(x.bias.query_index, tile, x.length, False)
+        scores = add_bias(scores, x.bias, tile, x.length, of_queries, x.of_keys, 0)
     real = tile.first + tile.rows < x.length
     if MASKED:
         from_key = tl.where(real, range_ends(x.ranges.begin, tile, x.length), NO_KEY)
@@ -175,7 +243,8 @@ def _add_queries(
     grads = load_tile(x.grad_out, tile, x.length, shape.value_dim, shape.value_block, MASKED)
     grads = grads.to(values.dtype)
     row_delta = tl.load(token_pointers(x.delta, tile), mask=real, other=0.0)
-    d_scores = _score_gradients(weights, values, grads, row_delta[None, :], tanh, shape)
+    d_scores = _score_gradients(weights, values, grads, row_delta[None, :])
+    d_scores = _product_gradients(d_scores, tanh, shape)
     value_sums = tl.dot(weights.to(grads.dtype), grads, value_sums, input_precision="ieee")
     key_sums = tl.dot(d_scores.to(queries.dtype), queries, key_sums, input_precision="ieee")
     return key_sums, value_sums
@@ -189,10 +258,15 @@ def _scores(left, right, score_params, shape: tl.constexpr):
 
 
 @triton.jit
-def _score_gradients(weights, left, right, delta, tanh, shape: tl.constexpr):
-    """From grad_out @ values.T, or values @ grad_out.T; the scale is left out."""
+def _score_gradients(weights, left, right, delta):
+    """From grad_out @ values.T, or values @ grad_out.T."""
     d_weights = tl.dot(left, tl.trans(right), input_precision="ieee")
-    d_scores = weights * (d_weights - delta)
+    return weights * (d_weights - delta)
+
+
+@triton.jit
+def _product_gradients(d_scores, tanh, shape: tl.constexpr):
+    """Gradients of scores before the cap; the scale is left out."""
     if shape.capped:
         d_scores = d_scores * (1.0 - tanh * tanh)
     return d_scores

@@ -7,6 +7,7 @@ range of keys per query, and the results of earlier calls are merged at the end 
 import triton
 import triton.language as tl
 
+from dtcp.kernels.softmax.triton.bias import add_bias, token_index_of
 from dtcp.kernels.softmax.triton.tiles import (
     TokenTile,
     channel_pointers,
@@ -23,7 +24,7 @@ from dtcp.kernels.triton_constants import LN_2
 
 @triton.jit
 def forward_kernel(
-    q, k, v, out, lse, ranges, length, group_size, score_params, shape: tl.constexpr
+    q, k, v, out, lse, ranges, length, group_size, score_params, bias, shape: tl.constexpr
 ):
     """Grid: (tiles, H, B). Merges into out [B, L, H, V] and lse [B, L, H]."""
     # Under a causal mask the last tiles have the most work: they start first.
@@ -43,11 +44,16 @@ def forward_kernel(
     peak = total - float("inf")
     sums = tl.zeros((shape.queries, shape.value_block), tl.float32)
     rows = tl.arange(0, shape.keys)
+    if bias is not None:
+        of_queries = token_index_of(bias.query_index, tile, length, False)
     for index in range(partial):
         start = partial_block(index, begin, full_begin, full, shape.keys)
         keys = TokenTile(tile.batch, group, start, rows)
         products, values = _products(queries, k, v, keys, stop, shape, True)
         scores, _ = scores_of(products, score_params, shape.capped)
+        if bias is not None:
+            of_keys = token_index_of(bias.key_index, keys, stop, True)
+            scores = add_bias(scores, bias, tile, length, of_queries, of_keys, 1)
         key = (start + rows)[None, :]
         seen = (key >= from_key[:, None]) & (key < to_key[:, None])
         scores = tl.where(seen, scores, float("-inf"))
@@ -60,8 +66,15 @@ def forward_kernel(
         keys = TokenTile(tile.batch, group, full_begin + index * shape.keys, rows)
         products, values = _products(queries, k, v, keys, stop, shape, False)
         scores, _ = scores_of(products, score_params, shape.capped)
+        if bias is not None:
+            of_keys = token_index_of(bias.key_index, keys, stop, True)
+            scores = add_bias(scores, bias, tile, length, of_queries, of_keys, 1)
         higher = tl.maximum(peak, tl.max(scores, 1))
-        sums, total = _add_block(sums, total, peak, higher, scores, values)
+        anchor = higher
+        if bias is not None:
+            # A table may hide keys from a head.
+            anchor = tl.where(higher == float("-inf"), 0.0, higher)
+        sums, total = _add_block(sums, total, peak, anchor, scores, values)
         peak = higher
     _merge(out, lse, sums, peak, total, tile, length, shape)
 
