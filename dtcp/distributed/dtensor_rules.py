@@ -70,8 +70,8 @@ def check_placements(name: str, tensors: Sequence[Tensor], axis: str) -> None:
     placed = [(x.device_mesh, x.placements) if isinstance(x, DTensor) else None for x in tensors]
     if placed[0] is None or any(each != placed[0] for each in placed):
         raise ValueError(
-            f"{name} takes q, k and v sharded alike, got (mesh, placements)={placed}, None for a "
-            f"plain tensor: redistribute them to one placement."
+            f"{name} takes q, k, v and all else that is of tokens sharded alike, got (mesh, "
+            f"placements)={placed}, None for a plain tensor: redistribute them to one placement."
         )
     mesh, placements = placed[0]
     for index, placement in enumerate(placements):

@@ -165,13 +165,15 @@ def check_has_mixers(model: nn.Module) -> None:
         )
     if not isinstance(model_with_mixers(model), FSDPModule):
         return  # weights that no unit holds are somebody else's to sum
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     # Listed first: a step that runs beside this thread may gather a weight at any time.
-    parameters = list(model.named_parameters())
+    trained = [(name, x) for name, x in model.named_parameters() if x.requires_grad]
+    plain = [(name, x) for name, x in trained if not isinstance(x, DTensor)]
+    if not plain:
+        return
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     held = {id(x) for unit in sharded for x in weights_held_by(unit)}
-    for name, parameter in parameters:
-        shard = isinstance(parameter, DTensor) or id(parameter) in held
-        if parameter.requires_grad and not shard:
+    for name, parameter in plain:
+        if id(parameter) not in held:
             raise ValueError(
                 f"Weights that are trained are shards of their mesh, got {name} of a "
                 f"{type(model).__name__} that was sharded before it had this weight: call "

@@ -54,6 +54,7 @@ def _attend(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     arguments = {
         "scaling": self.scaling,
+        "sliding_window": self.sliding_window,
         "dropout": self.attention_dropout if self.training else 0.0,
         "relative_bias": self.rel_logits_proj(relative),
     }
@@ -108,6 +109,7 @@ def _attend_2(
     )
     arguments = {
         "scaling": self.scaling,
+        "sliding_window": self.sliding_window,
         "dropout": self.attention_dropout if self.training else 0.0,
         "relative_bias": self.relative_position_bias(hidden_states, None, position_ids),
         "s_aux": self.sink_proj(hidden_states),

@@ -27,8 +27,8 @@ def load_failure(error: CheckpointException, path: Path | str, way_back: str) ->
     if lacks and lacks[2] in ("optimizer", "lr_scheduler", "dataloader"):
         return (
             f"A checkpoint has what the parts of a run keep, got {path} without {lacks[1]}: its "
-            f"{lacks[2]} had other settings; bring them back, or let it start anew by "
-            f"--checkpoint.exclude_from_loading {lacks[2]}."
+            f"{lacks[2]} had other settings, or it is damaged; bring them back, or let it start "
+            f"anew by --checkpoint.exclude_from_loading {lacks[2]}."
         )
     return (
         f"A checkpoint holds the whole state of this model, got {path} ({_cause(error)}): it "

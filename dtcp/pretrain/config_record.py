@@ -2,13 +2,16 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 LEFT_OUT = ("dump_folder", "checkpoint", "metrics", "profiler", "comm", "debug")
 """Sections that change nothing of what is computed."""
 
-PLACES = ("folder", "path", "source")
+PLACES = ("folder", "path", "source", "file", "csv", "prefix")
 """What names of settings end with that say where something is, not what."""
+OF_ONE_RANK = ("metrics.enable_", "metrics.save_for_all_ranks", "profiler.", "debug.print_config")
+"""What names of settings begin with that say what a rank notes, and not what ranks do together."""
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 """Of a function, say, which each process has in another place."""
@@ -25,7 +28,13 @@ def config_record(config: Any) -> dict[str, str]:
 
 def settings_of_ranks(config: Any) -> dict[str, str]:
     """Every setting that all ranks of a run have alike, by its dotted name, as text."""
-    return {name: text for name, text in _settings(config).items() if not name.endswith(PLACES)}
+    return {
+        name: text
+        for name, text in _settings(config).items()
+        if not name.endswith(PLACES) and not name.startswith(OF_ONE_RANK)
+        # The name of a dataset may be a folder.
+        if not (name.endswith(".dataset") and Path(text).is_dir())
+    }
 
 
 def _settings(config: Any) -> dict[str, str]:

@@ -40,7 +40,21 @@ def refuse_other_data(fingerprint: dict[str, Any]) -> None:
     Raises:
         ValueError: naming rank and what differs.
     """
-    _refuse("data", fingerprint, changes, "bring the same data to every host")
+    _refuse("data", _placeless(fingerprint), changes, "bring the same data to every host")
+
+
+def _placeless(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """A fingerprint without the folder of its files, and what was noted of their download."""
+    files = fingerprint.get("files")
+    if not files:
+        return fingerprint
+    visible = {
+        name: mark
+        for name, mark in files.items()
+        if not any(part.startswith(".") for part in name.split("/"))
+    }
+    rest = {key: value for key, value in fingerprint.items() if key not in ("files", "dataset")}
+    return {**rest, "files": visible}
 
 
 def _refuse(what: str, own: T, differences: Callable[[T, T], list[str]], remedy: str) -> None:

@@ -38,18 +38,16 @@ class ContextParallelAttention(ClaimedMixer, SoftmaxAttention):
         The op's rule checks their placements (dtensor.py), not traced code.
         """
         self.check_bias(bias, slope, relative, profiles)
-        of_queries = sink is not None and sink.ndim == 3
-        _check_plain(sink=None if of_queries else sink, bias=bias, slope=slope, profiles=profiles)
         check_tensor("Attention", shape="[B, L, heads, width]", q=q, k=k, v=v)
-        check_differentiation("Attention on shards", q, k, v, sink, bias, slope)
-        metadata, softmax = self.own(attn_metadata), self.softmax(q)
-        distributed = any(isinstance(x, DTensor) for x in (q, k, v))
-        if not distributed:
-            q, k, v = (self._wrap(x) for x in (q, k, v))
-            relative = None if relative is None else self._wrap(relative)
-            sink = self._wrap(sink) if sink is not None and of_queries else sink
         own_bias = {"relative": relative, "profiles": profiles}
         x = AttentionInputs(q, k, v, sink, bias=bias, slope=slope, **own_bias)
+        _check_plain(**{name: getattr(x, name) for name in (*x.per_head, "profiles")})
+        check_differentiation("Attention on shards", *x)
+        metadata, softmax = self.own(attn_metadata), self.softmax(q)
+        of_tokens: dict[str, Any] = {name: getattr(x, name) for name in x.of_tokens}
+        distributed = any(isinstance(each, DTensor) for each in of_tokens.values())
+        if not distributed:
+            x = x._replace(**{name: self._wrap(each) for name, each in of_tokens.items()})
         sizes = self.group_sizes
         out = self.style.op(x, metadata, softmax, groups=self.groups, group_sizes=sizes)
         if distributed:

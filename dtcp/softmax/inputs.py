@@ -29,8 +29,8 @@ class AttentionInputs(NamedTuple):
     up: Tensor | None = None  # [H, N + V, C], D = N + R
     bias: Tensor | None = None  # [H, 2 R + 1], by distance (score_bias.py)
     slope: Tensor | None = None  # [H]
-    relative: Tensor | None = None  # [B, L, H, R], of queries
-    profiles: Tensor | None = None  # [R, W], by distance
+    relative: Tensor | None = None  # [B, L, H, C], of queries
+    profiles: Tensor | None = None  # [C, W], by distance
     frequency: Tensor | None = None  # [D / 2]; has no gradient
 
     @property
@@ -55,7 +55,7 @@ class AttentionInputs(NamedTuple):
     @property
     def has_own_sinks(self) -> bool:
         """Whether each query has sinks of its own."""
-        return self.sink is not None and self.sink.ndim == 3
+        return isinstance(self.sink, Tensor) and self.sink.ndim == 3
 
     @property
     def beside_queries(self) -> list[Tensor]:
@@ -127,7 +127,10 @@ def check_inputs(x: AttentionInputs, *, keys_sum_grads: bool = False) -> None:
             f"Each kv head serves as many query heads, of its own width, got {shapes}: give q as "
             f"[B, L, H, D] with H a multiple of the G kv heads and D the keys' width."
         )
-    _check_own_sinks(x) if x.has_own_sinks else check_sink(x.sink, x.q.shape[2])
+    if x.has_own_sinks:
+        _check_own_sinks(x)
+    else:
+        check_sink(x.sink, x.q.shape[2])
     _check_bias(x)
     _check_relative(x)
 
@@ -140,7 +143,7 @@ def check_sink(sink: Tensor | None, heads: int) -> None:
     if sink.shape != (heads,):
         raise ValueError(
             f"A sink is one score per query head, got sink.shape={tuple(sink.shape)} with "
-            f"{heads} heads: give [H], or [B, L, H] for each query."
+            f"{heads} heads: give [H]."
         )
 
 

@@ -41,7 +41,13 @@ def test_ranks_that_keep_things_in_other_places_are_alike(mesh):
     if dist.get_rank():
         config.dump_folder = config.tokenizer.folder = "elsewhere"
         config.dataloader.dataset_path = config.hf_assets_path = "elsewhere"
+        config.metrics.enable_wandb = config.profiler.enable_profiling = True
+    # A dataset of Hugging Face by its folder, another one on each host.
+    config.dataloader.dataset = str(ROOT / ("docs", "models")[dist.get_rank() % 2])
     refuse_other_settings(config)
+    notes = {".cache/a.txt.metadata": f"{dist.get_rank()}-0"}
+    folder = config.dataloader.dataset
+    refuse_other_data({"dataset": folder, "files": {"a.txt": "12-0", **notes}, "seed": 0})
 
 
 @spmd(ranks=4)

@@ -223,14 +223,13 @@ def test_survive_E5_a_seed_checkpoint_starts_an_optimizer_that_has_taken_no_step
 
 
 def test_survive_E5_a_part_with_other_settings_is_named(tmp_path):
-    run = SmallRun(tmp_path).train(2)
+    SmallRun(tmp_path).train(2)
     other = SmallRun(tmp_path)
     for group in other.optimizers.optimizers[0].param_groups:
         group["amsgrad"] = True
     said = r"without optimizer\.state\.0\.weight\.max_exp_avg_sq: its optimizer had other settings"
     with pytest.raises(ValueError, match=said):
         other.resume()
-    assert run.step == 2
 
 
 @spmd(ranks=2)

@@ -49,10 +49,12 @@ class ScoreBias:
             None if x is None else x.to(wide) for x in parts
         )
         self.query_index = query_index
-        self.gradients = tuple(
-            None if x is None else torch.zeros_like(x, dtype=wide) for x in parts
-        )
+
+    @cached_property
+    def gradients(self) -> tuple[Tensor | None, ...]:
         """Of table, slope, relative and profiles, summed over the blocks that have been added."""
+        parts = (self.table, self.slope, self.relative, self.profiles)
+        return tuple(None if x is None else torch.zeros_like(x) for x in parts)
 
     def of_block(self, queries: tuple[slice, slice], key_index: Tensor) -> Tensor:
         """The bias of some queries' scores for keys of these token indices, [K].
@@ -90,7 +92,7 @@ class ScoreBias:
             width = profiles.shape[1]
             # One key for each distance, but for what all keys beyond the profiles share.
             by_distance = d_scores.new_zeros(*d_scores.shape[:3], width + 1)
-            by_distance = by_distance.scatter_add_(-1, place, d_scores)[..., :width]
+            by_distance = by_distance.scatter_(-1, place, d_scores)[..., :width]
             relative[queries] += torch.einsum("bhqw,cw->bqhc", by_distance, self.profiles)
             mixed = self.relative[queries]
             profiles += torch.einsum("bqhc,bhqw->cw", mixed, by_distance)
@@ -117,7 +119,7 @@ class ScoreBias:
     def emptied(self) -> "ScoreBias":
         """The same, with sums of its own that start from zero."""
         other = copy(self)
-        other.gradients = tuple(None if x is None else torch.zeros_like(x) for x in self.gradients)
+        other.__dict__.pop("gradients", None)
         return other
 
     def of_queries(self, queries: slice) -> "ScoreBias":
