@@ -144,12 +144,14 @@ class CheckedHuggingFaceModel:
 
     def _as_it_runs(self, model: Any) -> Any:
         """A model in fp64; where that does not run, with what it keeps in fp32 in that."""
-        kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+        kept = getattr(model, "_keep_in_fp32_modules_strict", None)
+        if not kept:
+            return model
         try:
             self._run_alone(model)
         except ValueError:
             inside = re.compile("|".join(rf"(^|\.){re.escape(name)}($|\.)" for name in kept))
-            for name, x in (*model.named_parameters(), *model.named_buffers()) if kept else ():
+            for name, x in (*model.named_parameters(), *model.named_buffers()):
                 if inside.search(name) and x.is_floating_point():
                     x.data = x.data.float()
         return model
