@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from dtcp.checkpoint.confined import regular_file
 
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class SafeHuggingFaceReader(HuggingFaceStorageReader):
@@ -66,14 +66,9 @@ def weight_files(folder: Path) -> list[Path]:
         ValueError: there are none, the index names one that is not there, or the folder has
             weights without and with an index, of which transformers reads the first.
     """
-    names = sorted({path.name for path in folder.glob("*.safetensors")})
-    if (folder / INDEX).exists():
-        alone, names = "model.safetensors" in names, sorted(set(_indexed(folder).values()))
-        if alone and "model.safetensors" not in names:
-            raise ValueError(
-                f"A folder has its weights once, got model.safetensors and {INDEX} of other files "
-                f"in {folder}: remove the one that does not belong there."
-            )
+    there = sorted({path.name for path in folder.glob("*.safetensors")})
+    has_index = (folder / INDEX).exists()
+    names = sorted(set(_indexed(folder).values())) if has_index else there
     if not names:
         others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
         raise ValueError(
@@ -81,7 +76,13 @@ def weight_files(folder: Path) -> list[Path]:
             + (f"with {others[0]}, a pickle that may run code" if others else "without any")
             + ": convert it with save_pretrained(..., safe_serialization=True), or name another."
         )
-    return [regular_file(folder, name, also=_hub_blobs(folder))[0] for name in names]
+    files = [regular_file(folder, name, also=_hub_blobs(folder))[0] for name in names]
+    if SINGLE in there and SINGLE not in names:
+        raise ValueError(
+            f"A folder has its weights once, got {SINGLE} and {INDEX} of other files in {folder}: "
+            f"remove the one that does not belong there."
+        )
+    return files
 
 
 def _indexed(folder: Path) -> Mapping[str, Any]:

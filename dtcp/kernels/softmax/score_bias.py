@@ -127,12 +127,11 @@ class ScoreBias:
         part = copy(self)
         part.__dict__.pop("rows", None)
         part.query_index = self.query_index[queries]
-        if self.relative is not None:
-            part.relative = self.relative[:, queries]
-            part.gradients = tuple(
-                x[:, queries] if i == 2 and x is not None else x
-                for i, x in enumerate(self.gradients)
-            )
+        # The sums themselves, also those that nothing has been added to yet.
+        table, slope, relative, profiles = self.gradients
+        if self.relative is not None and relative is not None:
+            part.relative, relative = self.relative[:, queries], relative[:, queries]
+        part.gradients = (table, slope, relative, profiles)
         return part
 
     @cached_property
