@@ -54,17 +54,23 @@ def test_writing_to_what_dtensors_are_made_of_is_refused(mesh):
             mixed(name, True)
 
 
+def attention_on(mesh, style):
+    """Causal attention to 16 tokens on ranks, and the metadata of its batch."""
+    model = nn.Sequential(SoftmaxAttention(Causal()))
+    apply_plan(model, mesh, {"0": style})
+    rows = {"inputs_embeds": torch.zeros(1, 16, 1)}
+    _, sharded = shard_batch(rows, ParallelMesh.of_sequence(mesh), model=model)
+    return model[0], sharded.attn_metadata
+
+
 @spmd(ranks=2)
 def test_writing_to_what_backward_reads_is_refused_in_a_graph(mesh):
     """Its backward read what had been written since."""
-    model = nn.Sequential(SoftmaxAttention(Causal()))
-    apply_plan(model, mesh, {"0": RingAttention()})
-    rows = {"inputs_embeds": torch.zeros(1, 16, 1)}
-    _, sharded = shard_batch(rows, ParallelMesh.of_sequence(mesh), model=model)
+    attention, metadata = attention_on(mesh, RingAttention())
 
     def attend(x):
         q = 2 * x
-        out = model[0](q, x, x, sharded.attn_metadata)
+        out = attention(q, x, x, metadata)
         return out.sum() + q.mul_(3).sum()
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
@@ -75,14 +81,11 @@ def test_writing_to_what_backward_reads_is_refused_in_a_graph(mesh):
 @spmd(ranks=2)
 def test_transforms_and_forward_mode_of_attention_on_shards_are_refused_in_a_sentence(mesh):
     """A DTensor is made first, at which torch stops with an error of its own."""
-    model = nn.Sequential(SoftmaxAttention(Causal()))
-    apply_plan(model, mesh, {"0": RingAttention()})
-    rows = {"inputs_embeds": torch.zeros(1, 16, 1)}
-    _, sharded = shard_batch(rows, ParallelMesh.of_sequence(mesh), model=model)
+    attention, metadata = attention_on(mesh, RingAttention())
     x, sink = torch.randn(1, 8, 2, 4), torch.zeros(2)
 
     def attend(sink):
-        return model[0](x, x, x, sharded.attn_metadata, sink=sink).sum()
+        return attention(x, x, x, metadata, sink=sink).sum()
 
     with pytest.raises(NotImplementedError, match=r"no part in transforms of torch\.func"):
         torch.func.grad(attend)(sink)
@@ -96,12 +99,9 @@ def test_second_derivatives_of_attention_by_heads_are_refused(mesh):
     trained nothing.
     """
     for style in (UlyssesAttention(), HybridAttention(inner_ranks=2)):
-        model = nn.Sequential(SoftmaxAttention(Causal()))
-        apply_plan(model, mesh, {"0": style})
-        rows = {"inputs_embeds": torch.zeros(1, 16, 1)}
-        _, sharded = shard_batch(rows, ParallelMesh.of_sequence(mesh), model=model)
+        attention, metadata = attention_on(mesh, style)
         x = torch.randn(1, 8, 2, 4, requires_grad=True)
-        loss = model[0](x, x, x, sharded.attn_metadata).sum()
+        loss = attention(x, x, x, metadata).sum()
         with pytest.raises(NotImplementedError, match="differentiate once"):
             torch.autograd.grad(loss, x, create_graph=True)
 
