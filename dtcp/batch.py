@@ -251,7 +251,8 @@ class BatchCut:
         check_ranks((mixer for mixer, _ in kinds.mixers), mesh.cp)
         masks = masks_of(kinds) if self.balance_for is None else self.balance_for
         layout = layout_of_batch(self.layout, documents, num_shards, MaskWork.under(masks, coords))
-        metadata = kinds.metadata(coords, layout, real=real_tokens(documents, layout, rank))
+        real, last = real_tokens(documents, layout, rank), said.last_position
+        metadata = kinds.metadata(coords, layout, real=real, last_position=last)
         sharded = ShardedBatch(layout, documents, coords, metadata, seq_len, unpadded_rows, mesh)
         tokens = dict(rows.tokens)
         if documents.seq_len > seq_len:

@@ -157,6 +157,7 @@ class BatchMetadata:
     Args:
         real: [B, L] bool, this rank's tokens that are no padding; None where nobody says.
         memory: that of the sequence which an encoder reads, in a model that has one.
+        last_position: the largest of all ranks' position ids; None where nobody says.
     """
 
     def __init__(
@@ -164,9 +165,11 @@ class BatchMetadata:
         by_key: Mapping[MetadataKey, AttentionMetadata],
         real: Tensor | None = None,
         memory: "BatchMetadata | None" = None,
+        last_position: int | None = None,
     ) -> None:
         self.real = real
         self.memory = memory
+        self.last_position = last_position
         # Keys of their own: dynamo would guard that one is the very object that a mixer holds.
         self._by_key = {replace(key): value for key, value in by_key.items()}
 
@@ -175,15 +178,16 @@ class BatchMetadata:
         moved = {key: each.to(device) for key, each in self._by_key.items()}
         real = None if self.real is None else self.real.to(device, non_blocking=True)
         memory = None if self.memory is None else self.memory.to(device)
-        return BatchMetadata(moved, real, memory)
+        return BatchMetadata(moved, real, memory, self.last_position)
 
     def with_memory(self, memory: "BatchMetadata") -> "BatchMetadata":
         """The same, and that of the sequence which an encoder reads."""
-        return BatchMetadata(self._by_key, self.real, memory)
+        return BatchMetadata(self._by_key, self.real, memory, self.last_position)
 
     def replaced(self, key: MetadataKey, value: AttentionMetadata) -> "BatchMetadata":
         """The same, but for what mixers of one key read."""
-        return BatchMetadata({**self._by_key, key: value}, self.real, self.memory)
+        by_key = {**self._by_key, key: value}
+        return BatchMetadata(by_key, self.real, self.memory, self.last_position)
 
     def __getitem__(self, key: MetadataKey) -> AttentionMetadata:
         return self._by_key[key]

@@ -26,13 +26,15 @@ def collect_metadata(
     layout: SequenceLayout | None = None,
     *,
     real: Tensor | None = None,
+    last_position: int | None = None,
 ) -> BatchMetadata:
     """What the mixers of a model read of a batch: once per kind of mixer, on the host.
 
     Args:
         real: [B, L] bool, this rank's tokens that are no padding.
+        last_position: the largest of all ranks' position ids.
     """
-    return MixerKinds.of(model).metadata(coords, layout, real=real)
+    return MixerKinds.of(model).metadata(coords, layout, real=real, last_position=last_position)
 
 
 @on_host
@@ -57,7 +59,9 @@ def batch_metadata(
     coords = Coords.of(
         documents, prefix=prefix, block=block, position_ids=position_ids, memory=other
     )
-    return collect_metadata(model, coords, real=coords.document >= 0)
+    counted = documents.position_ids() if position_ids is None else position_ids
+    real, last = coords.document >= 0, int(counted.max())
+    return collect_metadata(model, coords, real=real, last_position=last)
 
 
 def mixers_of(model: nn.Module) -> tuple[Mixer, ...]:
@@ -97,11 +101,16 @@ class MixerKinds(NamedTuple):
         return known
 
     def metadata(
-        self, coords: Coords, layout: SequenceLayout | None = None, *, real: Tensor | None = None
+        self,
+        coords: Coords,
+        layout: SequenceLayout | None = None,
+        *,
+        real: Tensor | None = None,
+        last_position: int | None = None,
     ) -> BatchMetadata:
         """`collect_metadata` of the model."""
         by_key = {mixer.metadata_key: mixer.make_metadata(coords, layout) for mixer in self.first}
-        return BatchMetadata(by_key, real)
+        return BatchMetadata(by_key, real, last_position=last_position)
 
     def remembered(self, make: Callable[[Sequence[Mixer]], T]) -> T:
         """What a function makes of all mixers: once, for it depends on their keys alone."""

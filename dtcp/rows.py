@@ -77,6 +77,7 @@ class Rows:
     Args:
         tokens: what is cut.
         counted: of each row, whether position_ids are known to count its documents' tokens from 0.
+        last_given: the largest position as the batch had it, where those of `tokens` were made.
     """
 
     tokens: Mapping[str, Tensor]
@@ -84,6 +85,7 @@ class Rows:
     documents: Documents
     fields: Mapping[str, TokenField | None]
     counted: tuple[bool, ...]
+    last_given: int | None = None
 
     @classmethod
     def of(
@@ -119,6 +121,14 @@ class Rows:
         types = self.tokens.get("mm_token_type_ids")
         return None if types is None or "block" in self.for_masks else TokenTypes(types.cpu())
 
+    @property
+    def last_position(self) -> int | None:
+        """The largest position of all rows; None without positions."""
+        position_ids = self.tokens.get("position_ids")
+        if self.last_given is not None or position_ids is None:
+            return self.last_given
+        return int(position_ids.max())
+
     def rule(self, key: str) -> TokenField | None:
         """How a key of `tokens` is sharded; a padding_mask that was made has a rule always."""
         return self.fields[key] if key in self.fields else DEFAULT_FIELDS[key]
@@ -144,7 +154,7 @@ class Rows:
         }
         documents = Documents((*self.documents.lengths, *[()] * (rows - own)), seq_len)
         counted = self.counted + (all(self.counted),) * (rows - own)
-        return Rows(tokens, for_masks, documents, self.fields, counted)
+        return Rows(tokens, for_masks, documents, self.fields, counted, self.last_given)
 
     def contents(self) -> tuple[Mapping[str, Tensor], Documents]:
         """What ranks compare: keys, in the fewest numbers that tell of all that they hold."""
@@ -159,6 +169,8 @@ class Rows:
         if self.image_types is not None and "mm_token_type_ids" in keys:
             of_rows = [[hash(runs)] for runs in self.image_types.runs()]
             keys["mm_token_type_ids"] = torch.tensor(of_rows)
+        if self.last_given is not None:
+            keys["last_position"] = torch.full((*rows, 1), self.last_given)
         return {**keys, **self.for_masks}, self.documents
 
     def _uncounted(self) -> list[Tensor]:

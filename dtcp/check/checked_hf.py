@@ -22,6 +22,7 @@ from dtcp.huggingface.encoder_decoder import encoder_name
 from dtcp.huggingface.language_model import model_of, parameter_count
 from dtcp.huggingface.own_errors import model_of_function, own_errors
 from dtcp.huggingface.registry import MIXER
+from dtcp.huggingface.rotary_lengths import at_last_position
 from dtcp.huggingface.small_config import SmallConfig, small_config
 from dtcp.parallelize import Compile, parallelize_hf
 from dtcp.parallelize.plans.huggingface import RECURRENT
@@ -109,7 +110,8 @@ class CheckedHuggingFaceModel:
     def logits_on_one_device(self, model: Any, input_ids: Tensor, documents: Documents) -> Tensor:
         """Each document by itself: not every model of transformers keeps packed ones apart."""
         parts = input_ids[0].split(documents.lengths[0])
-        with kernels_in_fp64(model):
+        last = max(documents.lengths[0]) - 1
+        with kernels_in_fp64(model), at_last_position(model, last):
             logits = [model(**_tokens(model, x[None]), use_cache=False).logits for x in parts]
         for part, each in zip(parts, logits, strict=True):
             check_logits(model, each, len(part))

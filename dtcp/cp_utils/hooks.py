@@ -118,6 +118,13 @@ def _self_attention(model: nn.Module) -> dict[str, nn.Module]:
         # The wrapped module comes after its wrapper, under the same name.
         if name.endswith("self_attn"):
             modules[name] = module
+        kinds = getattr(module, "rope_type", "")
+        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+            if "dynamic" in f"{kind}" or kind == "longrope":
+                raise ValueError(
+                    f"Rotary frequencies are those of a whole batch, got {name} with rope_type="
+                    f"{kind!r}, which goes by the longest position of a shard: use parallelize_hf."
+                )
     if not modules:
         raise ValueError(
             f"A model has modules named self_attn, got {type(model).__name__} without: rename "

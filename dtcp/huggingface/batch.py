@@ -27,6 +27,7 @@ from dtcp.huggingface.images import (
 from dtcp.huggingface.install import check_has_mixers, model_with_mixers
 from dtcp.huggingface.pooled_head import check_last_tokens, last_token_mixer
 from dtcp.huggingface.positions import check_longest
+from dtcp.huggingface.rotary_lengths import last_position
 from dtcp.huggingface.router_logits import balance_loss_of_batch, balance_weight, is_balanced
 from dtcp.huggingface.token_ids import check_ids
 from dtcp.inference_mode import no_inference_tensors
@@ -235,7 +236,8 @@ def _rows_of(batch: Mapping[str, Any], model: nn.Module, *, for_token_loss: bool
             f"A batch of transformers holds what its model reads, got {unknown}: leave it out; "
             f"what a loss of your own reads is cut by ShardedBatch.shard."
         )
-    return Rows.of(whole, fields, documents)
+    of_rows = Rows.of(whole, fields, documents)
+    return replace(of_rows, last_given=last_position(rows, documents))
 
 
 def _check_token_loss(model: nn.Module, rows: Mapping[str, Any], *, pooled: bool) -> None:

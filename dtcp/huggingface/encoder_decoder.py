@@ -23,6 +23,7 @@ from dtcp.forward import wrap_forward
 from dtcp.huggingface.documents import documents_of_hf_batch
 from dtcp.huggingface.padding_ids import check_counted_ids, with_padding_of_ids
 from dtcp.huggingface.positions import check_longest
+from dtcp.huggingface.rotary_lengths import last_position
 from dtcp.huggingface.token_ids import check_ids
 from dtcp.labels import IGNORED
 from dtcp.metadata import BatchMetadata
@@ -143,7 +144,9 @@ def _rows(given: dict[str, Any], model: Any) -> Rows:
     documents = documents_of_hf_batch(given)
     check_counted_ids(given.get("input_ids"), documents, model)
     tokens = {key: given[key] for key in (*TOKENS, "labels") if key in given}
-    return Rows.of({**tokens, "position_ids": documents.position_ids()}, DEFAULT_FIELDS, documents)
+    tokens["position_ids"] = documents.position_ids()
+    rows = Rows.of(tokens, DEFAULT_FIELDS, documents)
+    return replace(rows, last_given=last_position(given, documents))
 
 
 def _shifted_right(model: Any, labels: Tensor, documents: Documents) -> Tensor:

@@ -34,6 +34,7 @@ from dtcp.huggingface.positions import (
 from dtcp.huggingface.query_temperature import install_query_temperature
 from dtcp.huggingface.recorder import SurveyedAttention, survey_mask
 from dtcp.huggingface.recurrent_layers import install_recurrent_mixers
+from dtcp.huggingface.rotary_lengths import install_rotary_lengths
 from dtcp.huggingface.router_logits import leave_out_own_balance
 from dtcp.huggingface.survey import Survey, survey
 
@@ -74,6 +75,7 @@ def install_mixers(model: Any) -> Survey:
     install_capacity(model)
     install_bias_tables(model)
     install_query_temperature(model)
+    install_rotary_lengths(model, result.positions.offset)
     for module in own_attentions(model):
         use_registry(model, module)
     for name in result.givers:

@@ -20,17 +20,21 @@ def left_padding(rows: Mapping[str, Any]) -> Tensor | None:
     return padding if padding.any() else None
 
 
-def moved_to_right(rows: Mapping[str, Any], padding: Tensor) -> dict[str, Any]:
+def moved_to_right(
+    rows: Mapping[str, Any], padding: Tensor, *, as_long: bool = False
+) -> dict[str, Any]:
     """The same rows with that padding at their ends, and no longer than the longest of them.
 
     Args:
         rows: attention_mask [B, S]; what else is [B, S] moves along.
         padding: of left_padding.
+        as_long: leave rows as long as they are.
     """
     mask = rows["attention_mask"]
     columns = torch.arange(mask.shape[1]) + padding[:, None]
     index = columns % mask.shape[1]
-    length = int((mask.gather(1, index) != 0).any(0).nonzero().max()) + 1
+    filled = (mask.gather(1, index) != 0).any(0).nonzero()
+    length = mask.shape[1] if as_long else int(filled.max()) + 1
     return {
         key: x.gather(1, index[:, :length].to(x.device)) if _is_of_tokens(x, mask) else x
         for key, x in rows.items()

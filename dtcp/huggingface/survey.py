@@ -24,6 +24,7 @@ from dtcp.huggingface.pooled_head import PooledHead
 from dtcp.huggingface.positions import Positions
 from dtcp.huggingface.recorder import Recorder, SurveyedAttention, survey_mask
 from dtcp.huggingface.recurrent_layers import SurveyedMixer, noting_kernels
+from dtcp.huggingface.rotary_lengths import keeping_frequencies
 from dtcp.huggingface.router_logits import without_router_logits
 from dtcp.huggingface.survey_probe import SurveyProbe, most_positions
 from dtcp.huggingface.unread_adapters import noting_unread_adapters
@@ -145,6 +146,7 @@ def _survey_mode(model: Any, recorder: Recorder) -> Iterator[None]:
             metadata_for_masks(config, recorder),
             noting_bias_tables(model),
             unlimited_capacity(model),
+            keeping_frequencies(model),
         ):
             yield
     finally:

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
+from dtcp.huggingface.rotary_lengths import unread_lengths
 from dtcp.huggingface.version import too_old
 from dtcp.mixer_plan import dropout_of
-
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 def unsuited(model: Any) -> Iterator[str]:
@@ -54,17 +53,4 @@ def unsuited(model: Any) -> Iterator[str]:
             f"{model.config.pretraining_tp}), which are added here: set config.slow_but_exact = "
             f"False."
         )
-    for kind in _rope_types(getattr(model.config, "rope_parameters", None)):
-        if kind in LENGTH_DEPENDENT_ROPE:
-            yield (
-                f"{name} chooses rotary frequencies by the longest position it sees "
-                f"(rope_type={kind!r}), and ranks see different ones: use another rope_type."
-            )
-
-
-def _rope_types(parameters: Any) -> Iterator[str]:
-    if isinstance(parameters, dict):
-        for key, value in parameters.items():
-            if key == "rope_type":
-                yield value
-            yield from _rope_types(value)
+    yield from unread_lengths(model)

@@ -28,6 +28,7 @@ from dtcp.huggingface.left_padding import left_padding, moved_back, moved_to_rig
 from dtcp.huggingface.linear_head import LinearHead
 from dtcp.huggingface.pooled_head import last_token_mixer
 from dtcp.huggingface.prefetched_rows import PrefetchedRows
+from dtcp.huggingface.rotary_lengths import goes_by_length
 from dtcp.huggingface.router_logits import balance_loss_of_batch, balance_weight, is_balanced
 from dtcp.inference_mode import no_inference_tensors
 from dtcp.labels import IGNORED, shift_labels
@@ -157,7 +158,9 @@ class WholeRows(nn.Module):
         batch = _read({**rows, "labels": labels})
         padding = left_padding(batch) if numbers else None
         if padding is not None:
-            given, batch = batch["labels"].shape[1], moved_to_right(batch, padding)
+            as_long = goes_by_length(self.module)
+            given = batch["labels"].shape[1]
+            batch = moved_to_right(batch, padding, as_long=as_long)
         local, sharded = self._shards(batch)
         targets = local.pop("labels", None)
         local.pop("padding_mask", None)

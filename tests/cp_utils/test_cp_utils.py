@@ -148,6 +148,12 @@ def test_masks_of_a_models_own_are_replaced_where_they_say_causal(mesh):
         assert_close(on_mesh(model, mesh, batch), on_one_device(plain, batch, PACKED))
 
 
+def test_frequencies_by_the_longest_position_of_a_shard_are_refused():
+    ntk = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(ValueError, match=r"rotary_emb with rope_type='dynamic'.*parallelize_hf"):
+        attach_context_parallel_hooks(hf_models.build("llama", rope_parameters=ntk))
+
+
 @compiled_or_not
 @spmd(ranks=2)
 def test_masks_that_say_more_are_refused(mesh, compiled):

@@ -58,7 +58,6 @@ GRAPHS = Compile("aot_eager")
 BOUND = 1e-5
 """Relative error: the models' own norms, softmax and rotary tables are fp32 in a model of fp64."""
 
-DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 IDS = torch.zeros(1, 8, dtype=torch.int64)
 SEQ_LEN = 48
 PACKED = ((20, 9, 19), (48,))
@@ -277,7 +276,6 @@ def test_survey_reads_every_mask_off_the_models_own(kind):
     [
         ("llama", {"attention_dropout": 0.1}, r"model\.layers\.0\.self_attn .*dropout=0\.1"),
         ("doge", {}, r"layers\.0\.self_attn .*its meaning is not known"),
-        ("llama", {"rope_parameters": DYNAMIC}, r"rope_type='dynamic'"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0"),
         ("bloom", {"slow_but_exact": True, "pretraining_tp": 2}, "slow_but_exact = False"),
         ("starcoder2", {"residual_dropout": 0.1}, "Starcoder2ForCausalLM is random in training"),

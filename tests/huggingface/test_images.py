@@ -155,8 +155,9 @@ CONFIGS = {
 }
 
 
-def build(kind):
-    config = AutoConfig.for_model(kind, **CONFIGS[kind])
+def build(kind, **change):
+    text = {**CONFIGS[kind]["text_config"], **change}
+    config = AutoConfig.for_model(kind, **{**CONFIGS[kind], "text_config": text})
     with torch.random.fork_rng(), torch.no_grad(), without_gpu_kernels():
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
@@ -236,6 +237,18 @@ def test_images_beside_tp_equal_one_device(mesh, kind):
 def test_lora_of_a_model_that_counts_its_images_equals_one_device(mesh):
     """By peft's plain wrapper, whose forward says nothing of images."""
     assert_step_equal("qwen3_vl", Degrees(cp=2), make=adapted, trained="language_model")
+
+
+@spmd(ranks=2)
+def test_text_whose_frequencies_go_by_the_longest_position_equals_one_device(mesh):
+    """Rows of which each shard has another, beyond what the frequencies are made for."""
+    assert_step_equal("gemma3", Degrees(cp=2), make=with_dynamic_frequencies)
+
+
+def with_dynamic_frequencies(kind):
+    ntk = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    of_layers = dict.fromkeys(WINDOWS["layer_types"], ntk)
+    return build(kind, max_position_embeddings=SEQ_LEN // 2, rope_parameters=of_layers)
 
 
 def adapted(kind):
