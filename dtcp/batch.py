@@ -26,7 +26,7 @@ from dtcp.rows import DEFAULT_FIELDS, Rows, TokenField
 from dtcp.sequence.arguments import check_ints, check_kind
 from dtcp.sequence.buckets import Buckets
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.host import on_host
+from dtcp.sequence.host import on_device, on_host
 from dtcp.sequence.layout import HeadTail, SequenceLayout
 from dtcp.sequence.mask_work import MaskWork
 from dtcp.sequence.masks import Mask
@@ -70,7 +70,7 @@ class PreparedBatch:
         """As `shard_batch` returns it; None leaves it where it is."""
         if device is None:
             return dict(self.local), self.sharded
-        local = {key: x.to(device, non_blocking=True) for key, x in self.local.items()}
+        local = {key: on_device(x, device) for key, x in self.local.items()}
         metadata = self.sharded.attn_metadata.to(device)
         return local, replace(self.sharded, attn_metadata=metadata)
 

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Self
 import torch
 from torch import Tensor
 
+from dtcp.sequence.host import on_device
+
 HostTensor = Annotated[Tensor, "read by the host"]
 """The type of a field that stays on the host when metadata move to a device."""
 
@@ -42,9 +44,7 @@ class AttentionMetadata:
     def to(self, device: torch.device | str) -> Self:
         """The same metadata, with what kernels read on the device."""
         moved: dict[str, Any] = {
-            each.name: value.to(device, non_blocking=True)
-            if isinstance(value, Tensor)
-            else value.to(device)
+            each.name: on_device(value, device) if isinstance(value, Tensor) else value.to(device)
             for each in fields(self)
             if each.type not in (HostTensor, bool)
             and (value := getattr(self, each.name)) is not None
@@ -176,7 +176,7 @@ class BatchMetadata:
     def to(self, device: torch.device | str) -> "BatchMetadata":
         """The same, with what kernels read on the device."""
         moved = {key: each.to(device) for key, each in self._by_key.items()}
-        real = None if self.real is None else self.real.to(device, non_blocking=True)
+        real = None if self.real is None else on_device(self.real, device)
         memory = None if self.memory is None else self.memory.to(device)
         return BatchMetadata(moved, real, memory, self.last_position)
 

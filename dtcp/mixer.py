@@ -130,7 +130,7 @@ class ClaimedMixer(Mixer):
         self.rank, self.num_shards = axis.get_local_rank(), axis.size()
         self.groups = style.groups(axis)
         for name in self.groups:
-            connect(name)
+            connect(name, axis.device_type)
         self.group_sizes = group_sizes(self.groups)
         self.members = [members_of(name) for name in self.groups]
         self.ranks = in_words(dist.get_process_group_ranks(axis.get_group()))

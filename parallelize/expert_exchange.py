@@ -60,7 +60,7 @@ class SpreadStyle(ParallelStyle):
             own = across_nodes = self._across_nodes(num_experts, ep, tp)
             names |= {across_nodes.across, across_nodes.inside}
         for name in sorted(names - {""}):
-            connect(name)
+            connect(name, ep.device_type)
         if not library:
             return own
         # Who names a library wants that one.

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from dtcp.batch import shard_batch
+from dtcp.batch import prepare_batch, shard_batch
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.distributed.same_rows import RowHashes
 from dtcp.labels import IGNORED, shift_labels
@@ -315,6 +315,29 @@ def test_what_kernels_read_goes_to_the_device_and_what_the_host_reads_stays(mesh
     assert local["input_ids"].device.type == "meta"
     for x in sharded.attn_metadata[mixer.metadata_key].tensors():
         assert (x.dtype, x.device.type) in ((torch.int32, "meta"), (torch.int64, "cpu"))
+
+
+def test_a_batch_goes_to_a_gpu_through_pinned_memory(monkeypatch):
+    """Out of other memory CUDA copies once all that was launched before has ended."""
+    model = nn.ModuleList([SoftmaxAttention(Causal()), GatedDeltaRule(), CausalConv1d(4)])
+    documents, pinned, moved = Documents(((5, 7), (12,)), 12), [], []
+    made = prepare_batch(a_batch(documents), ONE_RANK, model=model, documents=documents)
+
+    def pin_memory(x):
+        pinned.append(x.clone())
+        return pinned[-1]
+
+    def to(x, device, non_blocking=False):
+        assert device == "cuda" and non_blocking
+        moved.append(x.numel() == 0 or any(x is each for each in pinned))
+        return x
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    local, sharded = made.to("cuda")
+    assert len(moved) > len(local) + len(sharded.attn_metadata) and all(moved)
+    # What the host reads is not among them.
+    assert all(x.dtype is not torch.int64 for x in pinned[len(local) :])
 
 
 @spmd(ranks=4)

@@ -143,6 +143,16 @@ def every_op():
     return set(OPS)
 
 
+def test_no_cuda_graph_has_an_op_of_ours():
+    """It would send and compute for every batch what the first one was: the host is not asked.
+
+    Inductor cuts its graphs at such ops under mode="reduce-overhead", and takes others into them
+    whatever tensors of the host they read.
+    """
+    unsafe = torch.Tag.cudagraph_unsafe
+    assert {name for name in every_op() if unsafe not in getattr(OPS, name).default.tags} == set()
+
+
 def test_no_fake_and_no_derivative_asks_a_group():
     """There is none to ask. An op that no call above reaches fails, too: give it one."""
     made = every_op()

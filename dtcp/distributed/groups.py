@@ -67,15 +67,29 @@ def in_words(ranks: Sequence[int]) -> str:
     return f"{ranks[0]} to {ranks[-1]}" + ("" if step == 1 else f" in steps of {step}")
 
 
-def connect(name: str) -> None:
+def backend_of(group: dist.ProcessGroup, device: str) -> str | None:
+    """What carries tensors of a device, of a configuration such as "cpu:gloo,cuda:nccl".
+
+    `dist.get_backend` has one answer for all devices: that text, or "undefined" where
+    init_process_group was given no backend.
+    """
+    pairs = (part.split(":") for part in dist.get_backend_config(group).split(","))
+    return {pair[0]: pair[-1] for pair in pairs}.get(device)
+
+
+def connect(name: str, device: str) -> None:
     """Make the links of a group while all of its ranks are here: call where a plan is applied.
 
     NCCL makes them at the first call on a group and waits for all of its ranks; a ring's first
-    transfer may concern two ranks only, where documents leave the others nothing to send.
+    transfer may concern two ranks only, where documents leave the others nothing to send. No
+    barrier does it for sure: a group that carries tensors of the host, too, has it over gloo.
+
+    Args:
+        device: the type of those that are going to talk.
     """
     group = group_of(name)
-    if dist.get_backend(group) == "nccl":
-        dist.barrier(group)
+    if backend_of(group, device) == "nccl":
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
 
 
 def gather_flat(out: Tensor, x: Tensor, *, group: dist.ProcessGroup) -> None:

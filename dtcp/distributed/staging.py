@@ -17,21 +17,17 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from dtcp.distributed.groups import backend_of
+
 LOG = logging.getLogger("dtcp.distributed")
 
 
 def is_staged(x: Tensor, group: dist.ProcessGroup) -> bool:
     """Whether x has to go through host memory; said once, when something first does."""
-    if not x.is_cuda or _backend_of(group, "cuda") != "gloo":
+    if not x.is_cuda or backend_of(group, "cuda") != "gloo":
         return False
     _say_so()
     return True
-
-
-def _backend_of(group: dist.ProcessGroup, device: str) -> str | None:
-    """What carries tensors of a device, of a configuration such as "cpu:gloo,cuda:nccl"."""
-    pairs = (part.split(":") for part in dist.get_backend_config(group).split(","))
-    return {pair[0]: pair[-1] for pair in pairs}.get(device)
 
 
 @cache
@@ -65,14 +61,14 @@ def exchange(
     if not is_staged(x, group):
         dist.all_to_all_single(out, x, counts[0], counts[1], group=group)
         return
-    arrived = torch.empty(out.shape, dtype=out.dtype)
+    arrived = torch.empty(out.shape, dtype=out.dtype, device="cpu")
     dist.all_to_all_single(arrived, x.cpu(), counts[0], counts[1], group=group)
     out.copy_(arrived)
 
 
 def _is_left_out(x: Tensor, group: dist.ProcessGroup) -> bool:
     """The group of a dry run repeats what is sent, and refuses to where that is nothing (2.13)."""
-    return not x.numel() and _backend_of(group, x.device.type) == "fake"
+    return not x.numel() and backend_of(group, x.device.type) == "fake"
 
 
 def start_exchange(
@@ -169,7 +165,10 @@ def send_and_receive(rows: Tensor, count: int, between: Between) -> Transfer:
 def _staged(rows: Tensor, arrived: Tensor, between: Between) -> Transfer:
     """The same over copies in host memory."""
     pinned = rows.is_cuda
-    there, back = (torch.empty(x.shape, dtype=x.dtype, pin_memory=pinned) for x in (rows, arrived))
+    there, back = (
+        torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=pinned)
+        for x in (rows, arrived)
+    )
     there.copy_(rows, non_blocking=True)
     copied = torch.cuda.Event() if pinned else None
     if copied is not None:

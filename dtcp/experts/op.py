@@ -24,6 +24,7 @@ from dtcp.distributed.ops import communicating_op
 from dtcp.experts.moves import counts_moves, result_moves, token_moves
 from dtcp.local_op import local_op
 from dtcp.metadata import HostTensor
+from dtcp.sequence.host import on_device
 
 
 class Routing(NamedTuple):
@@ -142,7 +143,7 @@ def _route_tokens(
     expert = torch.arange(from_ranks.shape[1], device=index.device).repeat(n)
     of_row = expert.repeat_interleave(from_ranks.flatten(), output_size=int(counts[1].sum()))
     ends = from_ranks.sum(0).cumsum(0).to(torch.int32)
-    return order, of_row.argsort(stable=True), ends, counts, fault_counts.to(index.device)
+    return order, of_row.argsort(stable=True), ends, counts, on_device(fault_counts, index.device)
 
 
 @_route_tokens.register_fake

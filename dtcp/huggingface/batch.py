@@ -37,7 +37,7 @@ from dtcp.rows import DEFAULT_FIELDS, MASK_FIELDS, WHOLE, Rows
 from dtcp.sequence.arguments import check_batch, check_kind
 from dtcp.sequence.batch_documents import DOCUMENT_KEYS
 from dtcp.sequence.buckets import Buckets
-from dtcp.sequence.host import on_host
+from dtcp.sequence.host import on_device, on_host
 from dtcp.sequence.layout import HeadTail, SequenceLayout
 from dtcp.sharded_batch import ShardedBatch
 
@@ -157,7 +157,7 @@ def _shard(
     if images:
         whole = {**whole_rows(batch, sharded.documents, inside), **images}
         local = {key: x for key, x in local.items() if key not in (*whole, "position_ids")}
-        local |= {key: x if device is None else x.to(device) for key, x in whole.items()}
+        local |= {key: x if device is None else on_device(x, device) for key, x in whole.items()}
     return local, sharded
 
 

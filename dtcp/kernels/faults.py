@@ -23,7 +23,9 @@ def fault_in(check: Callable[[], str | None], device: torch.device) -> str | Non
     try:
         if on_gpu:
             torch.cuda.set_sync_debug_mode(0)
-        wrong = check()
+        # Its tables are the host's, also under torch.set_default_device("cuda").
+        with torch.device("cpu"):
+            wrong = check()
     # Whether the kernel runs here is the question, so its error is the answer: it becomes the
     # fault, for which the kernel is passed over, by name in the log. Compilers of kernels raise
     # classes of their own: Triton's and CuTe's derive from Exception alone, so nothing narrower

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dtcp.distributed.collectives import all_to_all
 from dtcp.distributed.node_collectives import all_gather_on_nodes
 from dtcp.distributed.scan import State, exclusive_scan_on_nodes
+from dtcp.sequence.host import on_device
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def entering_along_chains(
     # The second hop hands on what came in the first.
     for send, counts in (passing[:2], passing[3:])[: len(passing) // 2]:
         sent, received = counts.tolist()
-        rows = summaries[-1].index_select(0, send[: sum(sent)].to(own.device))
+        rows = summaries[-1].index_select(0, on_device(send[: sum(sent)], own.device))
         summaries.append(all_to_all(rows, axis, receive=received, send=sent))
     every, state = torch.cat(summaries), torch.zeros_like(maps.state(own[0]))
     entering = torch.zeros_like(maps.state(own))

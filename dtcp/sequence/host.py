@@ -1,10 +1,14 @@
-"""Batches are planned on the host, for training too, whatever context they are planned in."""
+"""Batches are planned on the host, for training too, whatever context they are planned in.
+
+What a device reads of them follows without waiting for it.
+"""
 
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 from dtcp.inference_mode import no_inference_tensors
 
@@ -32,3 +36,15 @@ def on_host(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return run
+
+
+def on_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """x there; from the host to a GPU beside what the GPU is doing.
+
+    CUDA takes pageable memory only once all that was launched before has ended, whatever
+    `non_blocking` says, and meanwhile the host launches nothing. Pinned memory it reads when it
+    gets there; torch's allocator of it gives the block to nobody before.
+    """
+    if torch.device(device).type == "cuda" and x.device.type == "cpu" and x.numel():
+        x = x.contiguous().pin_memory()
+    return x.to(device, non_blocking=True)

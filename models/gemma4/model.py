@@ -383,5 +383,5 @@ def _geglu(gate: Tensor, up: Tensor) -> Tensor:
 @torch.no_grad()
 def _zero_row(weight: Tensor, row: int) -> None:
     """By arithmetic, not by index: an indexed row of a sharded weight would be a copy."""
-    index = torch.ones_like(weight[:, :1]).cumsum(0) - 1
+    index = torch.ones_like(weight[:, :1], dtype=torch.int64).cumsum(0) - 1
     weight.mul_(index != row)

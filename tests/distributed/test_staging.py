@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from dtcp.distributed import staging
+from dtcp._torch.fakes import fake_tensors
+from dtcp.distributed import groups, staging
 from dtcp.sequence.layout import HeadTail
 from dtcp.softmax import AllGatherAttention, HybridAttention, RingAttention, UlyssesAttention
 from tests.harness import packings
@@ -72,3 +73,26 @@ def test_the_backend_of_a_gpu_decides_about_staging(monkeypatch):
     ):
         monkeypatch.setattr(dist, "get_backend_config", lambda group, text=configured: text)
         assert staging.is_staged(OnGpu(), None) is staged
+
+
+@pytest.mark.parametrize(
+    ("configured", "device", "links"),
+    [
+        ("cuda:nccl", "cuda", "cuda"),  # as "nccl", and where no backend was named
+        ("cpu:gloo,cuda:nccl", "cuda", "cuda"),
+        ("cpu:gloo,cuda:nccl", "cpu", None),
+        ("cpu:gloo,cuda:gloo", "cuda", None),
+    ],
+)
+def test_nccl_makes_its_links_however_a_group_was_configured(
+    monkeypatch, configured, device, links
+):
+    """A barrier of the second one runs over gloo, and get_backend says "undefined" of the first."""
+    reduced = []
+    monkeypatch.setattr(groups, "group_of", lambda name: name)
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: configured)
+    monkeypatch.setattr(dist, "get_backend", lambda group: "undefined")
+    monkeypatch.setattr(dist, "all_reduce", lambda x, group: reduced.append((group, x.device.type)))
+    with fake_tensors():
+        groups.connect("cp", device)
+    assert reduced == ([] if links is None else [("cp", links)])

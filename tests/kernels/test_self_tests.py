@@ -199,3 +199,12 @@ def test_a_kernel_that_leaves_out_a_part_of_a_score_bias_is_found(part):
         for kernel in (ReferenceAttention, Unbiased, WithoutGradient)
     )
     assert right is None and "failed its self-test" in wrong and f"in {part}" in other
+
+
+def test_self_tests_hold_where_new_tensors_are_of_another_device():
+    """As under torch.set_default_device("cuda"): all kernels would be passed over."""
+    demand = replace(HOPPER, arch=0, key_width=16, value_width=16, group=2, **DOCUMENTS)
+    of_sparse = ReferenceSparseAttention(), torch.bfloat16, torch.device("cpu"), 32
+    with torch.device("meta"):
+        assert fault_of(lambda calls: ReferenceAttention(), ReferenceAttention(), demand) is None
+        assert fault_of_sparse(ReferenceSparseAttention, *of_sparse, heads=4) is None

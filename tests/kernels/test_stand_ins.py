@@ -35,6 +35,7 @@ from tests.harness import packings
 from tests.harness.attention_parity import (
     BIDIRECTIONAL,
     CAUSAL,
+    IMAGES,
     MASK_CASES,
     WINDOW,
     Case,
@@ -121,6 +122,28 @@ def test_backends_on_stand_ins_merge_parts(kernels):
             attend_backward(grads, saved, queries, keys, ranges, params, pieces=pieces)
             dk[:, index], dv[:, index] = grads.dk, grads.dv
         assert_close((dq, dk, dv), expected.grads[:3])
+
+
+def beside_a_gate(x):
+    """The same heads where one projection has a number of each token behind them."""
+    rows = x.new_zeros(*x.shape[:2], x.shape[2:].numel() + 1)
+    rows[..., :-1] = x.flatten(2)
+    return rows[..., :-1].unflatten(2, x.shape[2:])
+
+
+def test_backends_on_stand_ins_load_heads_that_are_at_odd_places(kernels):
+    """As kernels do, 16 bytes at a time; packed, in windows, in rows of several calls."""
+    for packing in (packings.one_document, packings.two_rows):
+        case = Case(IMAGES if kernels.name == "flash" else CAUSAL, packing, sink=False)
+        queries, ((_, keys, ranges, pieces),) = problem(case)
+        queries = queries._replace(q=beside_a_gate(queries.q))
+        keys = keys._replace(k=beside_a_gate(keys.k), v=beside_a_gate(keys.v))
+        params, expected = SoftmaxParams(case.key_dim**-0.5), truth(case, 4)
+        out, lse = attend_once(queries, keys, ranges, params, pieces=pieces)
+        assert_close(out, expected.out)
+        saved = SavedForward(beside_a_gate(expected.grad_out), out, lse)
+        grads = attend_once_backward(saved, queries, keys, ranges, params, pieces=pieces)
+        assert_close(grads, expected.grads)
 
 
 STRATEGIES = (

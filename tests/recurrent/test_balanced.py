@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from dtcp.compile import count_graphs
-from dtcp.recurrent import FewestBytes, GatedDeltaCP, GatedDeltaRule, GatedLinearCP
+from dtcp.recurrent import (
+    FewestBytes,
+    GatedDeltaCP,
+    GatedDeltaRule,
+    GatedLinearCP,
+    exchange,
+)
 from dtcp.recurrent.moves import ChannelShape, DeltaShape, LinearShape
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
@@ -122,3 +128,17 @@ def test_what_crosses_is_per_piece_that_starts_inside_a_document():
         (summary, 2 * summary),
     ]
     assert left_routes(stretches, 3, 0).routes.shape == (2, 4, 3)
+
+
+def test_which_states_are_sent_reaches_a_gpu_without_waiting_for_it(monkeypatch):
+    """The host knows it; each layer reads it, forward and backward."""
+    copied = []
+    monkeypatch.setattr(exchange, "on_device", lambda x, device: copied.append(x.tolist()) or x)
+    monkeypatch.setattr(exchange, "all_to_all", lambda rows, axis, receive, send: rows)
+    passing = (
+        torch.tensor([1, -1]),
+        torch.ones(2, 1).long(),
+        torch.tensor([[1, 2, 0], [-1, 0, 0]]),
+    )
+    entering = exchange.entering_along_chains(torch.randn(2, 1, 3, 5), passing, axis=None)
+    assert copied == [[1]] and entering.shape == (2, 1, 3, 2)

@@ -3,6 +3,7 @@
 import torch
 from torch.testing import assert_close
 
+from dtcp.kernels.delta_rule.chunks import running_sum
 from dtcp.mixer_metadata import batch_metadata
 from dtcp.recurrent import CausalConv1d, GatedDeltaRule, GatedLinearAttention
 from dtcp.sequence.documents import Documents
@@ -56,3 +57,19 @@ def test_mamba_takes_values_in_fp32_beside_bf16():
     q, k = (torch.randn(B, L, 2, 6).bfloat16() for _ in range(2))
     v, g = torch.randn(B, L, 4, 5), -torch.randn(B, L, 4).abs()
     assert_rounded_once(mixer, [q, k, v, g], batch_metadata(mixer, DOCUMENTS))
+
+
+class OnGpu(torch.Tensor):
+    """What torch says there under use_deterministic_algorithms."""
+
+    is_cuda = True
+
+    def cumsum(self, dim):
+        raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
+
+
+def test_decays_on_a_gpu_are_summed_where_torch_is_asked_for_what_repeats_itself(monkeypatch):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    for tokens in (1, 2, 3, 16, 50, 64):
+        x = torch.randn(2, 3, tokens, 4, dtype=torch.float64)
+        assert_close(running_sum(x.as_subclass(OnGpu)).as_subclass(torch.Tensor), x.cumsum(-2))

@@ -14,6 +14,7 @@ from torch import Tensor
 from dtcp.distributed.collectives import sum_dtype
 from dtcp.distributed.groups import group_of
 from dtcp.experts.libraries.types import Handle
+from dtcp.sequence.host import on_device
 
 TENSORS = (
     "topk_idx",
@@ -70,7 +71,7 @@ class DeepEP:
         flat = experts.flatten()
         by_expert = torch.where(flat < 0, num_experts, flat).argsort(stable=True)
         choice = by_expert[: int(per_expert.sum())]
-        ends = per_expert.cumsum(0).to(x.device, torch.int32)
+        ends = on_device(per_expert.cumsum(0).to(torch.int32), x.device)
         taken = Handle(
             [choice, getattr(handle, SORT_KEYS), *(getattr(handle, name) for name in TENSORS)],
             [per_token, *(getattr(handle, name) for name in NUMBERS), *per_expert.tolist()],

@@ -1,5 +1,6 @@
 """Stretches of tokens cut into chunks: [R, T, H, D] to [R, H, N, C, D], and back."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -50,5 +51,20 @@ def decay_gradient(d_sum: Tensor, g: Tensor, starts: Tensor) -> Tensor:
         starts: [R, T], not 0 where a document starts: no decay reaches across.
     """
     d_sum = d_sum if g.ndim == 4 else d_sum.sum(-1, keepdim=True)
-    d_g = in_tokens(d_sum.flip(-2).cumsum(-2).flip(-2), g.shape[1]).reshape(g.shape)
+    d_g = in_tokens(running_sum(d_sum.flip(-2)).flip(-2), g.shape[1]).reshape(g.shape)
     return d_g.masked_fill(starts.view(*starts.shape, *(1,) * (g.ndim - 2)) != 0, 0)
+
+
+def running_sum(x: Tensor) -> Tensor:
+    """Along the tokens of chunks, [.., C, K], as cumsum(-2) does.
+
+    On a GPU that refuses floats where torch is asked for algorithms that repeat themselves; in
+    steps of doubling length nothing is left to the order in which threads come.
+    """
+    if not (x.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return x.cumsum(-2)
+    step = 1
+    while step < x.shape[-2]:
+        x = x + F.pad(x[..., :-step, :], (0, 0, step, 0))
+        step *= 2
+    return x

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dtcp.kernels.delta_rule.chunks import running_sum
+
 
 @dataclass(frozen=True)
 class HeadDecay:
@@ -109,7 +111,7 @@ def decay_of(g: Tensor, starts: Tensor) -> Decay:
         starts: [R, 1, N, C], 1 where a document starts.
     """
     # Nothing is carried into a document's first token, whatever its own decay.
-    total, document = g.masked_fill(starts[..., None] != 0, 0).cumsum(-2), starts.cumsum(-1)
+    total, document = running_sum(g.masked_fill(starts[..., None] != 0, 0)), starts.cumsum(-1)
     same = (document[..., :, None] == document[..., None, :]).tril()
     enter = total.masked_fill(document[..., None] != 0, -torch.inf).exp()
     kind = HeadDecay if g.shape[-1] == 1 else ChannelDecay

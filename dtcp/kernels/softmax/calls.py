@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dtcp.kernels.softmax.pieces import EVERY_ROW, UNLIMITED, Piece, read_pieces
+from dtcp.sequence.host import on_device
 
 MOST_CALLS = 8
 """Where more are needed each is small, and a kernel that takes any interval does them in one."""
@@ -106,13 +107,8 @@ class Call:
             k.append(k[-1] + span.k_stop - span.k_start)
             at_q, at_k = span.q_stop, span.k_stop
         longest_q, longest_k = (max(b - a for a, b in pairwise(x)) for x in (q, k))
-        return Lengths(_on(q, device), _on(k, device), longest_q, longest_k)
-
-
-def _on(numbers: list[int], device: torch.device) -> Tensor:
-    """int32 on the device, without waiting for it."""
-    host = torch.tensor(numbers, dtype=torch.int32)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+        of_q, of_k = (on_device(torch.tensor(x, dtype=torch.int32), device) for x in (q, k))
+        return Lengths(of_q, of_k, longest_q, longest_k)
 
 
 def calls_of(table: Tensor, *, batch: int, length: int, num_keys: int) -> tuple[Call, ...] | None:

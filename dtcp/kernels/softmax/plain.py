@@ -179,8 +179,24 @@ def _rows(x: Tensor, call: Call) -> Tensor:
 
 
 def _operands(call: Call, queries: Queries, keys: Keys) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (_rows(x, call) for x in (queries.q, keys.k, keys.v))
+    q, k, v = (_rows(aligned(x), call) for x in (queries.q, keys.k, keys.v))
     return q[:, call.queries], k[:, call.keys], v[:, call.keys]
+
+
+ALIGNMENT = 16
+"""Bytes that kernels load at a time, and so what the place of every head is a multiple of."""
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x [B, L, H, D] with each head where kernels load it; a copy where that is elsewhere.
+
+    As beside a gate in a row of one projection: few kernels look, and for others the GPU stops the
+    process ("misaligned address").
+    """
+    places = (x.data_ptr(), *(step * x.element_size() for step in x.stride()[:-1]))
+    if all(place % ALIGNMENT == 0 for place in places):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _whole(call: Call, queries: Queries) -> bool:

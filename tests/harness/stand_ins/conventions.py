@@ -19,6 +19,14 @@ def check_only_defaults(
             assert given[name] is parameter.default or given[name] == parameter.default, name
 
 
+def check_loaded(*tensors: Tensor) -> None:
+    """Kernels load 16 bytes at a time, and a GPU stops a process that loads them from elsewhere."""
+    for x in tensors:
+        assert x.stride(-1) == 1
+        places = (x.data_ptr(), *(step * x.element_size() for step in x.stride()[:-1]))
+        assert not any(place % 16 for place in places), x.stride()
+
+
 def bound_of(size: int) -> int | None:
     return None if size < 0 else size
 
@@ -66,7 +74,7 @@ def attend(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """out like q and lse [B, H, L]; packed, [T, H, V] and [H, T]."""
-    assert all(x.stride(-1) == 1 for x in (q, k, v))
+    check_loaded(q, k, v)
     if lengths is None:
         seen = seen_under(q.shape[1], k.shape[1], *window) if mask is None else mask
         out, lse = dense_forward(q, k, v, seen, scale, softcap)
@@ -93,6 +101,7 @@ def attend_backward(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_loaded(grad_out, q, k, v, out)
     assert q.dtype == k.dtype == v.dtype == out.dtype == grad_out.dtype
     assert lse.isfinite().all() and lse.dtype == level_of(lse.double(), q).dtype
     if lengths is None:

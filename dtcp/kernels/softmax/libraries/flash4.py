@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dtcp.kernels.softmax.libraries.arguments import cu_seqlens, deterministic
 from dtcp.kernels.softmax.merge import NOTHING_SEEN, merge_into
-from dtcp.kernels.softmax.plain import Window
+from dtcp.kernels.softmax.plain import Window, aligned
 from dtcp.kernels.softmax.sparsity import BlockLists, key_blocks, query_blocks
 from dtcp.kernels.softmax.types import (
     GradAccumulators,
@@ -151,9 +151,7 @@ class FlashIntervalAttention:
     ) -> tuple[Tensor, Tensor]:
         """out [B, L, H, V] in q's dtype and lse [B, L, H] over these keys and no others."""
         out, lse, *_ = self.functions.forward(
-            queries.q,
-            keys.k,
-            keys.v,
+            *(aligned(x) for x in (queries.q, keys.k, keys.v)),
             softmax_scale=params.scale,
             softcap=params.softcap or None,
             mask_mod=self.functions.interval_mask,
@@ -168,7 +166,7 @@ class FlashIntervalAttention:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk and dv over these keys."""
         lse = saved.lse.masked_fill(saved.lse == NOTHING_SEEN, 0.0)
-        like = (queries.q, keys.k, keys.v)
+        like = [aligned(x) for x in (queries.q, keys.k, keys.v)]
         dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in like)
         self.functions.backward(
             *like,
