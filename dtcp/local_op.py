@@ -20,7 +20,8 @@ from dtcp.autocast import outside_autocast
 def local_op(
     name: str, *, schema: str | None = None
 ) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    """Make a function an op that moves nothing; its body runs outside of autocast.
+    """Make a function an op that moves nothing; its body runs outside of autocast, on the device of
+    its first tensor: libraries of kernels launch on the one that is current.
 
     It has no derivative in forward mode, of which torch would drop its share without a word, and
     takes no part in transforms of torch.func. What `register_autograd` is not called for has none
@@ -80,14 +81,21 @@ def refuse_derivative(name: str) -> NoReturn:
 
 
 def _without_tangents(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The body of an op that refuses what forward mode gives a tangent."""
+    """The body of an op, on its device; it refuses what forward mode gives a tangent."""
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         _check_tangents(name, args)
-        return function(*args, **kwargs)
+        with torch.cuda.device(_device_index(args)):
+            return function(*args, **kwargs)
 
     return run
+
+
+def _device_index(inputs: Any) -> int:
+    """Of the GPU that the first tensor is on; -1, which changes nothing, where it is on none."""
+    first = next((x for x in inputs if isinstance(x, Tensor)), None)
+    return first.get_device() if first is not None and first.is_cuda else -1
 
 
 def _outside_forward_mode(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ sizes that a fake had asked of a group of 2 ranks would be those of one of 4 wit
 """
 
 import importlib
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 import dtcp
 from dtcp._torch.fakes import real_tensors
 from dtcp._torch.ops import TorchDispatchMode
+from dtcp.local_op import _without_tangents
 from dtcp.recurrent.metadata import delta_metadata
 from dtcp.sdpa.aten_rules import BIDIRECTIONAL, CAUSAL
 from dtcp.sequence.coords import Coords
@@ -141,6 +143,27 @@ def every_op():
         if any(make in path.read_text() for make in ("_op(", "AttentionOp(")):
             importlib.import_module(".".join(path.relative_to(root.parent).with_suffix("").parts))
     return set(OPS)
+
+
+class OnSecond(torch.Tensor):
+    """As on the second GPU of a process."""
+
+    is_cuda = True
+
+    def get_device(self):
+        return 1
+
+
+def test_an_op_runs_on_the_device_of_its_first_tensor(monkeypatch):
+    """Where fla's and flash-attn-4's kernels launch otherwise is the device that is current."""
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext(entered.append(index)))
+    run = _without_tangents("an op", lambda *inputs: inputs)
+    x = torch.ones(2)
+    run([x], x.as_subclass(OnSecond), x)
+    run(x, x.as_subclass(OnSecond))
+    run([x])
+    assert entered == [1, -1, -1]
 
 
 def test_no_cuda_graph_has_an_op_of_ours():

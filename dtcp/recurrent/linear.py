@@ -6,7 +6,6 @@ As the delta rule's (op.py), whose exchange of states it shares; its maps are sm
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dtcp.distributed.dtensor_rules import check_unwritten
@@ -101,9 +100,7 @@ def _forward(q, k, v, g, metadata, scan, groups):  # type: ignore[no-untyped-def
     batch = DeltaMetadata.of_tensors(metadata)
     parts = parts_of(LinearInputs(q, k, v, g, batch.starts), batch, "Linear attention")
     carry = carry_of(q, batch, scan, groups, reverse=False, maps=SCALES)
-    # Below its public functions, fla's kernels are launched on the device that is current.
-    with torch.cuda.device_of(q):
-        out, state = linear_kernel(parts[0]).forward(parts, carry)
+    out, state = linear_kernel(parts[0]).forward(parts, carry)
     return whole_of_parts(out, v), kept_states(state, batch).contiguous()
 
 
@@ -121,8 +118,7 @@ def _backward(grad_out, q, k, v, g, state, metadata, scan, groups):  # type: ign
     parts = parts_of(LinearInputs(q, k, v, g, batch.starts), batch, "Linear attention")
     grad_parts, rows = cut_in_parts(grad_out, batch), sum(len(x.v) for x in parts)
     carry = carry_of(q, batch, scan, groups, reverse=True, maps=SCALES)
-    with torch.cuda.device_of(q):
-        grads = linear_kernel(parts[0]).backward(parts, grad_parts, state[:rows], carry)
+    grads = linear_kernel(parts[0]).backward(parts, grad_parts, state[:rows], carry)
     wanted = zip(zip(*grads, strict=True), (q, k, v, g), strict=True)
     return tuple(whole_of_parts(each, part) for each, part in wanted)
 

@@ -152,10 +152,8 @@ def _forward(q, k, v, g, beta, metadata, scan, groups):  # type: ignore[no-untyp
     LEDGER.record("dtcp::gated_delta_rule")
     batch = DeltaMetadata.of_tensors(metadata)
     parts = parts_of(DeltaInputs(q, k, v, g, beta, batch.starts), batch, "The delta rule")
-    # Below its public functions, fla's kernels are launched on the device that is current.
-    with torch.cuda.device_of(q):
-        carry = carry_of(q, batch, scan, groups, reverse=False)
-        out, state = delta_kernel(parts[0]).forward(parts, carry)
+    carry = carry_of(q, batch, scan, groups, reverse=False)
+    out, state = delta_kernel(parts[0]).forward(parts, carry)
     return whole_of_parts(out, v), kept_states(state, batch).contiguous()
 
 
@@ -172,8 +170,7 @@ def _backward(grad_out, q, k, v, g, beta, state, metadata, scan, groups):  # typ
     grad_parts = cut_in_parts(grad_out, batch)
     rows = sum(len(x.v) for x in parts)
     carry = carry_of(q, batch, scan, groups, reverse=True)
-    with torch.cuda.device_of(q):
-        grads = delta_kernel(parts[0]).backward(parts, grad_parts, state[:rows], carry)
+    grads = delta_kernel(parts[0]).backward(parts, grad_parts, state[:rows], carry)
     wanted = zip(zip(*grads, strict=True), (q, k, v, g, beta), strict=True)
     return tuple(whole_of_parts(each, part) for each, part in wanted)
 

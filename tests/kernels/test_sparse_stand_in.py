@@ -26,6 +26,10 @@ FUNCTIONS = GatheredFunctions(stand_ins.flash4_forward, stand_ins.flash4_sparse_
 CPU = torch.device("cpu")
 
 
+class OnGpu(torch.Tensor):
+    is_cuda = True
+
+
 @pytest.mark.parametrize("layout", [Contiguous(32, 4), HeadTail(32, 2)])
 @pytest.mark.parametrize("number", [3, 9, 18])
 def test_gathered_keys_on_a_stand_in_equal_the_reference(layout, number):
@@ -112,6 +116,23 @@ def test_kernels_that_do_not_compile_leave_sparse_attention_to_torch(monkeypatch
     assert "triton failed its self-test (NotCompiled" in caplog.text
     api._triton_fault.cache_clear()
     api._say_plain_torch.cache_clear()
+
+
+def test_gathered_keys_are_tried_with_as_many_heads_as_a_call_has(monkeypatch):
+    """Up to 64 heads flash-attn-4's backward is another kernel than beyond."""
+    tried = []
+    monkeypatch.setattr(api, "missing", lambda package: None)
+    monkeypatch.setattr(api, "fault_of_sparse", lambda *_, heads: tried.append(heads))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    torch.use_deterministic_algorithms(False)
+    try:
+        for heads in (64, 128, 64):
+            q, keys, _ = sparse_problem(torch.bfloat16, CPU, 512, heads=heads)
+            assert api._gathered_refusal(q.as_subclass(OnGpu), keys) is None
+    finally:
+        torch.use_deterministic_algorithms(True)
+        api._fault.cache_clear()
+    assert tried == [64, 128]
 
 
 def test_our_own_kernels_say_what_they_do_not_take(monkeypatch):

@@ -82,7 +82,7 @@ def _gathered_refusal(q: Tensor, keys: SparseKeys) -> str | None:
     if not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] not in (10, 11):
         return "runs on Blackwell GPUs"
     reason = refusal_of_gathered(q, keys) or missing(backend_named("flash").package)
-    reason = reason or _fault(q.dtype, q.device)
+    reason = reason or _fault(q.dtype, q.device, q.shape[2])
     _say_refusal(reason)
     return reason
 
@@ -154,11 +154,13 @@ def gathered_kernel() -> SparseKernel:
 
 
 @cache
-def _fault(dtype: torch.dtype, device: torch.device) -> str | None:
-    """What is wrong with its results on this device, found at its first use."""
-    return fault_of_sparse(
-        gathered_kernel, ReferenceSparseAttention(), dtype, device, GATHERED_WIDTH
-    )
+def _fault(dtype: torch.dtype, device: torch.device, heads: int) -> str | None:
+    """What is wrong with its results on this device, found at its first use.
+
+    Up to 64 heads its backward is another kernel than beyond.
+    """
+    asked = (ReferenceSparseAttention(), dtype, device, GATHERED_WIDTH)
+    return fault_of_sparse(gathered_kernel, *asked, heads=heads)
 
 
 @cache
