@@ -46,7 +46,7 @@ def local_op(
     def make(function: Callable[..., Any]) -> CustomOpDef:
         body = outside_autocast(_without_tangents(name, function))
         # What a body reads of the host, lengths and routes, would stay that of the first batch.
-        tags = torch.Tag.cudagraph_unsafe
+        tags = (torch.Tag.cudagraph_unsafe,)
         op = torch.library.custom_op(name, mutates_args=(), schema=schema, tags=tags)(body)
         set_transform_rule(op, refuse)
         op.register_autograd(no_derivative)

@@ -42,7 +42,7 @@ def _question(name: str) -> OpOverload:
     def no_answer(x: Tensor) -> Tensor:
         return x.new_empty(0)
 
-    tags = torch.Tag.cudagraph_unsafe
+    tags = (torch.Tag.cudagraph_unsafe,)
     op = torch.library.custom_op(f"dtcp::{name}", no_answer, mutates_args=(), tags=tags)
     op.register_fake(no_answer)
     return overload_of(op)
