@@ -24,6 +24,7 @@ RECURRENT = {
     "CrossAttention": "cross attention",
     "SparseLatentAttention": "picked tokens",
     "SparseBlockAttention": "picked blocks",
+    "ScoredBlockAttention": "picked blocks",
     "CompressedSparseAttention": "compressed entries",
 }
 """Kinds of masks and mixers, as the table calls them; plain ones have no name there."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dtcp.huggingface.block_attention import BLOCK_INDICES, PickedBlocks
 from dtcp.huggingface.compressed_attention import window_of
 from dtcp.huggingface.distance_bias import BIASES, is_of_bias
 from dtcp.huggingface.latents import hands_on_latents
@@ -13,8 +14,13 @@ from dtcp.sequence.masks import Bidirectional, Causal, Mask
 
 HARMLESS = ("position_ids", "use_cache", "is_causal", "sliding_window", "output_router_logits")
 """Arguments of an attention call that repeat what mask, positions and the model's call say."""
-WRITTEN_AGAIN = ("num_selected", "compressed", "picked_blocks", "relative_bias")
+WRITTEN_AGAIN = ("num_selected", "compressed", "relative_bias")
 """Arguments of the calls in forwards that are written again (own_attention.py)."""
+BY_PADDING = (
+    "it says is_causal=False and is handed a causal mask, which transformers leaves out where sdpa "
+    "attends and no row is padded, so that queries see both sides in some batches alone: clear "
+    "use_bidirectional_attention of its config."
+)
 REMEDY = "write it with a mixer (docs/add_a_model.md)"
 
 MEANT: Mapping[str, str] = {
@@ -48,6 +54,7 @@ def problems_of(
         for key, value in arguments.items()
         if key not in known and value is not None and value is not False
         if key not in BIASES or not is_of_bias(value)
+        if not isinstance(value, PickedBlocks)
     ]
     of_keys = _problem_of_keys(module, q, k, mask, cross=cross, merged=merged)
     problems = [of_keys] if of_keys else []
@@ -59,7 +66,13 @@ def problems_of(
     if unknown:
         meant = ", ".join(f"{key} ({MEANT.get(key, 'unknown')})" for key in unknown)
         problems.append(f"it is called with {meant}, which no mixer honours: {REMEDY}.")
-    picks = arguments.get("num_selected") or arguments.get("picked_blocks") is not None
+    picked = arguments.get(BLOCK_INDICES)
+    if isinstance(picked, PickedBlocks) and not picked.kind.fits(picked.picked_by, k.shape[2]):
+        problems.append(
+            f"its indexer picks blocks for {picked.picked_by.q.shape[2]} heads, and the keys that "
+            f"are read have {k.shape[2]}: give its config one index head for each."
+        )
+    picks = arguments.get("num_selected") or picked is not None
     if picks and mask is not None and mask != Causal():
         problems.append(
             f"an indexer picks tokens of a document up to the query's, and its mask is {mask}: "

@@ -1,7 +1,8 @@
-"""Attention of transformers to the tokens of blocks that an indexer picks: Qwen4's.
+"""Attention of transformers to the tokens of blocks that an indexer picks: Qwen4's, MiniMax-M3's.
 
-Its indexer loops over queries, and makes a mask of all pairs of tokens of what it picked. Both
-forwards are written again, up to what blocks are picked by.
+Indexers loop over queries, or score all pairs of tokens, and a mask of all pairs is made of what
+they picked. Their forwards are written again, up to what blocks are picked by; of attention that
+of Qwen4, for MiniMax-M3's hands on what its indexer gives.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,15 +14,29 @@ from torch import Tensor
 
 from dtcp.autocast import as_autocast_casts
 from dtcp.huggingface.attend_by_name import ROPE, attend_by_name, check_no_cache
-from dtcp.sparse_blocks import BlockIndex
+from dtcp.sparse_blocks import (
+    BlockIndex,
+    ScoredBlockAttention,
+    ScoreIndex,
+    SparseBlockAttention,
+)
+
+BLOCK_INDICES = "block_indices"
+"""The argument of a call of attention that says which blocks it reads, as MiniMax-M3 calls it."""
 
 
 class PickedBlocks(NamedTuple):
-    """What a call of attention says of the blocks that it reads."""
+    """What a call of attention says of the blocks that it reads.
 
-    num_blocks: int
-    block_len: int
-    picked_by: BlockIndex
+    Args:
+        kind: of the mixer.
+        numbers: what that is made with.
+        picked_by: what it is called with.
+    """
+
+    kind: type[SparseBlockAttention]
+    numbers: tuple[int, ...]
+    picked_by: BlockIndex | ScoreIndex
 
 
 def _attend_to_blocks(
@@ -41,7 +56,7 @@ def _attend_to_blocks(
     arguments = {
         "scaling": self.scaling,
         "dropout": self.attention_dropout if self.training else 0.0,
-        "picked_blocks": self.indexer(hidden_states, position_embeddings),
+        BLOCK_INDICES: self.indexer(hidden_states, position_embeddings),
     }
     out = attend_by_name(self, q, k, v, attention_mask, **arguments, **kwargs)
     return self.o_proj(out * torch.sigmoid(gate.flatten(2))), None
@@ -60,7 +75,7 @@ def _indexer(
         q, key = as_autocast_casts(q, key[:, :, 0])
         table = torch.cat((_half(cos), _half(sin)), dim=-1)
         index = BlockIndex(q, key, table, partial(_finished, self))
-    return PickedBlocks(self.block_topk, self.compress_ratio, index)
+    return PickedBlocks(SparseBlockAttention, (self.block_topk, self.compress_ratio), index)
 
 
 def _half(table: Tensor) -> Tensor:
@@ -76,8 +91,30 @@ def _finished(indexer: Any, mean: Tensor, table: Tensor) -> Tensor:
     return turned[:, 0]
 
 
+def _scoring_indexer(
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    cache: Any,
+    position_ids: Tensor,
+) -> PickedBlocks:
+    """MiniMaxM3VLIndexer, whose blocks start where documents do, and not where rows do."""
+    with torch.no_grad():
+        q, key = (
+            norm(projection(hidden_states).unflatten(-1, (-1, self.head_dim)))
+            for norm, projection in ((self.q_norm, self.q_proj), (self.k_norm, self.k_proj))
+        )
+        cos, sin = (table[..., : self.head_dim] for table in position_embeddings)
+        q, key = getattr(self, ROPE)(q, key, cos, sin, unsqueeze_dim=2)
+        # Norms and rotary tables give fp32 under autocast; scores are then products of its dtype.
+        q, key = as_autocast_casts(q, key)
+    numbers = self.topk_blocks, self.block_size, self.local_blocks
+    return PickedBlocks(ScoredBlockAttention, numbers, ScoreIndex(q, key[:, :, 0]))
+
+
 BLOCKS: Mapping[str, Callable[..., Any]] = {
     "Qwen4ExpTextAttention": _attend_to_blocks,
     "Qwen4ExpTextQSAIndexer": _indexer,
+    "MiniMaxM3VLIndexer": _scoring_indexer,
 }
 """By the name of the class."""

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtcp.huggingface.attention_problems import problems_of
+from dtcp.huggingface.attention_problems import BY_PADDING, problems_of
+from dtcp.huggingface.block_attention import BLOCK_INDICES
 from dtcp.huggingface.compressed_attention import window_of
 from dtcp.huggingface.metadata_as_mask import mask_argument, mask_index, metadata_of_config
 from dtcp.huggingface.mixing_probe import own_operands
@@ -37,8 +38,7 @@ class SurveyedAttention:
         num_selected: tokens that an indexer picks for each query; 0 where queries read all.
         window: keys that a query reads where keys are values and shared by all heads; else 0.
         compression: how entries are made that it reads beside them; None for the window alone.
-        blocks: how many blocks of tokens an indexer picks for each query, and tokens of each; else
-            nothing.
+        blocks: the mixer of an indexer that picks blocks of tokens, and its numbers; else nothing.
         arguments: those of its calls that must not change, by name.
     """
 
@@ -51,7 +51,7 @@ class SurveyedAttention:
     num_selected: int = 0
     window: int = 0
     compression: Compression | None = None
-    blocks: tuple[int, ...] = ()
+    blocks: tuple[type[SparseBlockAttention], *tuple[int, ...]] | tuple[()] = ()
     arguments: tuple[Any, ...] = ()
 
     def mixer(self) -> Mixer:
@@ -59,7 +59,8 @@ class SurveyedAttention:
             assert self.scale is not None
             return CompressedSparseAttention(self.window, self.compression, scale=self.scale)
         if self.blocks:
-            return SparseBlockAttention(*self.blocks, scale=self.scale)
+            kind, *numbers = self.blocks
+            return kind(*numbers, scale=self.scale)
         if self.num_selected:
             return SparseLatentAttention(scale=self.scale)
         if self.cross:
@@ -80,11 +81,13 @@ class Recorder:
         self.names = {module: name for name, module in model.named_modules()}
         self.base = None if model.base_model is model else model.base_model
         self.refused = refused
+        self.sdpa = getattr(model, "_supports_sdpa", False)
         self.base_unread = False
         self.attentions: dict[str, SurveyedAttention] = {}
         self.recurrent: dict[str, SurveyedMixer] = {}
         self.givers: dict[str, None] = {}
         self.made_masks = False
+        self.made: dict[int, Tensor] = {}
         self.padding: list[Tensor] = []
         self.hides_padding = False
         self.own_masks: dict[str, None] = {}
@@ -135,6 +138,7 @@ class Recorder:
         arguments: dict[str, Any],
     ) -> Tensor:
         """Note a call of attention, and return what it would be without mixing."""
+        mask = self._as_made(mask)
         q, k, v = (x.transpose(1, 2) for x in qkv)
         if arguments.get("relative_bias") is not None:
             # Where tokens meet on the way to that, they meet in queries.
@@ -149,6 +153,8 @@ class Recorder:
         cross = k.shape[1] != q.shape[1] and k.shape[1] == self.memory_len
         merged = self.memory_len > 0 and k.shape[1] == q.shape[1] + self.memory_len
         problems = problems_of(module, q, k, known_mask, arguments, cross=cross, merged=merged)
+        if self.sdpa and getattr(module, "is_causal", None) is False and _hides_ahead(mask):
+            problems.append(BY_PADDING)
         self.refused += [f"{name} ({type(module).__name__}): {problem}" for problem in problems]
         if known_mask is not None and not problems:
             self._note(name, module, known_mask, arguments, cross=cross)
@@ -157,6 +163,16 @@ class Recorder:
             self.memory[name] = k.detach(), v.detach()
             return q.mean(-1, keepdim=True).expand(*q.shape[:-1], v.shape[-1]).contiguous()
         return own_operands(q, k, v)
+
+    def _as_made(self, mask: Any) -> Any:
+        """A mask as a function made it, of which a model may hand on a slice that is all of it."""
+        if hasattr(mask, _FUNCTION):
+            self.made[mask.data_ptr()] = mask
+        elif isinstance(mask, Tensor):
+            made = self.made.get(mask.data_ptr())
+            if made is not None and (made.shape, made.stride()) == (mask.shape, mask.stride()):
+                return made
+        return mask
 
     def _meaning(self, name: str, mask: Any) -> Mask | None:
         """What a mask that a module is called with lets it see; None if that is not known."""
@@ -187,9 +203,9 @@ class Recorder:
         compressed = arguments.get("compressed")
         if compressed is not None:
             now = replace(now, window=window_of(mask), compression=compressed.compression)
-        picked = arguments.get("picked_blocks")
+        picked = arguments.get(BLOCK_INDICES)
         if picked is not None:
-            now = replace(now, blocks=(picked.num_blocks, picked.block_len))
+            now = replace(now, blocks=(picked.kind, *picked.numbers))
         before = self.attentions.setdefault(name, now)
         if self.block is not None:
             before = self.attentions[name] = replace(before, mask=mask)
@@ -223,6 +239,12 @@ class Recorder:
             f"{self.names[module]} ({type(module).__name__}): called twice, as {before} and as "
             f"{now}: give each use a module of its own."
         )
+
+
+def _hides_ahead(mask: Any) -> bool:
+    """Whether a dense mask lets no token see one behind it in its row."""
+    is_dense = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape[-1] > 1
+    return is_dense and not bool(mask.triu(1).any())
 
 
 def _adds_nothing(mask: Any) -> bool:

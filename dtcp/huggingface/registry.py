@@ -112,7 +112,7 @@ def mixer_attention_forward(
     slope: Tensor | None = None,
     selected: Tensor | None = None,
     compressed: Compressed | None = None,
-    picked_blocks: PickedBlocks | None = None,
+    block_indices: PickedBlocks | None = None,
     relative_bias: RelativeBias | None = None,
     query_positions: Tensor | None = None,
     **arguments: Any,
@@ -127,7 +127,7 @@ def mixer_attention_forward(
         slope: [H], ALiBi's (own_attention.py).
         selected: [B, L, k], the tokens that queries read (picking_attention.py).
         compressed: what is read beside a window of keys (compressed_attention.py).
-        picked_blocks: by what blocks of tokens are picked that are read (block_attention.py).
+        block_indices: by what blocks of tokens are picked that are read (block_attention.py).
         relative_bias: what queries add to scores by distance (relative_attention.py).
         query_positions: [B or 1, L], what queries are scaled by (query_temperature.py).
     Returns:
@@ -151,8 +151,8 @@ def mixer_attention_forward(
         assert compressed is not None
         return attend_beside_entries(mixer, q, k[:, :, 0], sink, compressed, attn_metadata), None
     if isinstance(mixer, SparseBlockAttention):
-        assert picked_blocks is not None
-        return mixer(q, k, v, picked_blocks.picked_by, attn_metadata), None
+        assert block_indices is not None
+        return mixer(q, k, v, block_indices.picked_by, attn_metadata), None
     bias = {"bias": position_bias, "slope": slope, **_relative(relative_bias, q.dtype)}
     return mixer(q, k, v, attn_metadata, sink=sink, **bias), None
 

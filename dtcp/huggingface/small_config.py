@@ -150,7 +150,24 @@ def _shrunk(config: Any, changed: Fields) -> Fields:
     heads, kv_heads = (true_names.get(key, key) for key in _HEADS)
     if heads in fields and kv_heads in fields and values[heads] == values[kv_heads]:
         fields[kv_heads] = fields[heads]
-    return _merged({**fields, **_layers(config, changed)}, FAMILIES.get(config.model_type, {}))
+    wanted = _wanted_layers(config, changed)
+    return _merged({**fields, **_layers(config, changed)}, _of_family(config.model_type, wanted))
+
+
+def _wanted_layers(config: Any, changed: Fields) -> Any:
+    """How many layers were asked for by hand; None where nobody did."""
+    true_name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    return changed.get("num_hidden_layers", changed.get(true_name))
+
+
+def _of_family(model_type: str, wanted: Any) -> Fields:
+    """What a family has to change; where it names its layers, their kinds take turns, too."""
+    family = dict(FAMILIES.get(model_type, {}))
+    count = family.get("num_hidden_layers", NUM_LAYERS)
+    if isinstance(wanted, int) and wanted > 0:
+        lists = {key: x for key, x in family.items() if isinstance(x, list) and len(x) == count}
+        family |= {key: [x[i % count] for i in range(wanted)] for key, x in lists.items()}
+    return family
 
 
 def _layers(config: Any, changed: Fields) -> Fields:
@@ -159,7 +176,7 @@ def _layers(config: Any, changed: Fields) -> Fields:
     Where the number of layers is changed by hand, the kinds take turns.
     """
     true_name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    wanted = changed.get("num_hidden_layers", changed.get(true_name))
+    wanted = _wanted_layers(config, changed)
     values = _fields(config)
     count = values.get(true_name)
     if not isinstance(count, int) or count < 1:

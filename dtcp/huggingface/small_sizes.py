@@ -100,6 +100,15 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
+    # Layers of the published model that its default config leaves out; an index for each kv head.
+    "minimax_m3_vl_text": {
+        "num_hidden_layers": 2,
+        "layer_types": ["full_attention", "minimax_m3_sparse"],
+        "mlp_layer_types": ["dense", "sparse"],
+        "index_n_heads": 2,
+        "index_head_dim": 8,
+        "index_block_size": 4,
+    },
     "mobilebert": {"intra_bottleneck_size": 32},
     # An end of text that random tokens have, too; n-grams in a layer whose state is linear.
     "qwen4_exp_text": {

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from dtcp._torch.ops import OpOverload, argument_names
+from dtcp.kernels.sparse.block_indexer import BlockSight
 from dtcp.kernels.sparse.types import Sight
 from dtcp.softmax.inputs import AttentionInputs
 from dtcp.softmax.joined_shards import UlyssesMetadata
@@ -41,6 +42,9 @@ def mixer_flops(op: OpOverload, args: Sequence[Any]) -> int:
         return 2 * grad[0] * grad[1] * x[1]
     if name == "select_entries":
         return _indexer(call["q"], call["tiles"], call["num_selected"])
+    if name == "select_blocks":
+        tiles = BlockSight(*call["sight"]).tiles
+        return _indexer(call["q"], tiles, call["num_blocks"] * call["block_len"])
     return 0
 
 

@@ -29,7 +29,7 @@ def select_entries(
     num_selected: int,
 ) -> Tensor:
     """`top_entries` as an op, [B, L, num_selected] int32. Has no gradient."""
-    _check_batch("An indexer", last, q)
+    check_sight_of_batch("An indexer", last, q)
     LEDGER.record("dtcp::select_entries")
     return top_entries(q, weight, keys, first, last, closing, tiles, num_selected)
 
@@ -101,7 +101,7 @@ def _forward(
     value_dim: int,
 ) -> tuple[Tensor, Tensor]:
     sources = SparseKeys(keys, entries, selected, Sight(*sight), value_dim)
-    _check_batch("Sparse attention", sources.sight.last, q)
+    check_sight_of_batch("Sparse attention", sources.sight.last, q)
     LEDGER.record("dtcp::sparse_attention")
     return sparse_forward(q, sources, sink, scale)
 
@@ -160,7 +160,7 @@ def _(
     return q.new_empty(q.shape), keys.new_empty(keys.shape), dentries, dsink
 
 
-def _check_batch(subject: str, last: Tensor, q: Tensor) -> None:
+def check_sight_of_batch(subject: str, last: Tensor, q: Tensor) -> None:
     """Refuse the metadata of other tokens; in an op's body, where no graph is guarded by it."""
     if last.shape != q.shape[:2]:
         raise ValueError(

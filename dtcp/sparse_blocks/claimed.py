@@ -1,11 +1,14 @@
 """What attention to picked blocks becomes once a style has taken it over."""
 
+from typing import Any
+
 from torch import Tensor
 
 from dtcp.metadata import BatchMetadata
 from dtcp.sequence.row_layouts import on_line
 from dtcp.sparse_blocks.metadata import BlocksInSight
-from dtcp.sparse_blocks.mixer import BlockIndex, SparseBlockAttention
+from dtcp.sparse_blocks.mixer import SparseBlockAttention
+from dtcp.sparse_blocks.scored import ScoredBlockAttention
 from dtcp.sparse_latent.claimed import BringsTokens
 
 
@@ -13,13 +16,16 @@ class ContextParallelSparseBlocks(BringsTokens, SparseBlockAttention):
     """A SparseBlockAttention that a style has taken over."""
 
     def carry_out(
-        self, q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, attn_metadata: BatchMetadata
+        self, q: Tensor, k: Tensor, v: Tensor, index: Any, attn_metadata: BatchMetadata
     ) -> Tensor:
         self.check_operands(q, k, v, index)
         metadata: BlocksInSight = self.own(attn_metadata)
         if not metadata.in_line:
             return self.attend(q, k, v, index, metadata)
-        q_line, key, table = on_line(index.q), on_line(index.key), on_line(index.table)
-        line = BlockIndex(q_line, key, table, index.finish)
+        line = type(index)(*(on_line(x) if isinstance(x, Tensor) else x for x in index))
         out = self.attend(on_line(q), on_line(k), on_line(v), line, metadata)
         return out.view(*q.shape[:3], -1)
+
+
+class ContextParallelScoredBlocks(ContextParallelSparseBlocks, ScoredBlockAttention):
+    """A ScoredBlockAttention that a style has taken over."""

@@ -2,7 +2,9 @@
 
 A block is `block_len` tokens of one document, counted from its start, and closes with the last one
 (dtcp/sparse): what a query may pick are those that close between the start of its document and
-itself. So all tokens of such a block are in sight, and lie next to each other among these.
+itself. So all tokens of such a block are in sight, and lie next to each other among these. Where
+blocks are picked that are not complete, the one of the query among them, each closes with its first
+token instead, and those of its tokens up to the query are in sight.
 """
 
 from dataclasses import dataclass
@@ -25,22 +27,30 @@ class BlocksInSight(AttentionMetadata):
 
     tokens: TokensInSight
     start: Tensor  # [B, P] int32, the place of a block's first token among those that are held
-    closing: Tensor  # [B, P] int32, token index of its last one; NOWHERE behind the blocks
+    closing: Tensor  # [B, P] int32, token index that it closes with; NOWHERE behind the blocks
     tiles: HostTensor  # [B, tiles, 6] int64, as of Sight, with blocks for entries
 
     @classmethod
-    def of(cls, tokens: TokensInSight, intervals: KeyIntervals, block_len: int) -> Self:
-        """The blocks of tokens that are held; intervals are of the whole rows, or of their line."""
+    def of(
+        cls, tokens: TokensInSight, intervals: KeyIntervals, block_len: int, *, complete: bool
+    ) -> Self:
+        """The blocks of tokens that are held, or of those the complete ones.
+
+        Args:
+            intervals: of the whole rows, or of their line.
+        """
         index = tokens.token_index[0].numpy().astype(np.int64)
-        held, room = index[index < NOWHERE], max(1, len(index) // block_len)
+        held, width = index[index < NOWHERE], block_len if complete else 1
+        room = max(1, len(index) // width)
         firsts, lasts, tiles = [], [], []
         rows = (*intervals.at(held), tokens.first, tokens.last)
         for first, last, begin, end in zip(*(x.numpy() for x in rows), strict=True):
-            place = np.flatnonzero((last >= first) & ((held - first + 1) % block_len == 0))
+            ends = (held - first + 1 - width) % block_len == 0
+            place = np.flatnonzero((last >= first) & ends)
             # Of what another row alone has in sight, a part may be held.
-            place = place[place >= block_len - 1]
-            start = place - (block_len - 1)
-            whole = held[start] == held[place] - (block_len - 1)
+            place = place[place >= width - 1]
+            start = place - (width - 1)
+            whole = held[start] == held[place] - (width - 1)
             start, closing = start[whole], held[place[whole]]
             firsts.append(with_room(start, room, 0))
             lasts.append(with_room(closing, room, NOWHERE))

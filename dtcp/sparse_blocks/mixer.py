@@ -9,7 +9,7 @@ From Qwen Team 2026, Qwen4-Exp, as of transformers 5.23 (models/qwen4_exp): QSA.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,18 @@ class BlockIndex(NamedTuple):
     finish: Callable[[Tensor, Tensor], Tensor]
 
 
+class ScoreIndex(NamedTuple):
+    """What blocks are picked by where their tokens are scored. Nothing of it has a gradient.
+
+    Args:
+        q: [B, L, G, D], finished queries, one for each head of keys and values.
+        key: [B, L, D], finished keys, one for all heads.
+    """
+
+    q: Tensor
+    key: Tensor
+
+
 class SparseBlockAttention(TokenReader):
     """Attend to the tokens of picked blocks, and to those behind the last complete one.
 
@@ -56,6 +68,10 @@ class SparseBlockAttention(TokenReader):
         block_len: tokens in a block.
         scale: factor on the scores of attention; None for D ** -0.5.
     """
+
+    index_takes: ClassVar[str] = (
+        "index.q [B, L, I, W], index.key [B, L, W] and index.table [B, L, T]"
+    )
 
     def __init__(self, num_blocks: int, block_len: int, *, scale: float | None = None) -> None:
         super().__init__()
@@ -71,17 +87,21 @@ class SparseBlockAttention(TokenReader):
 
     def whole_row_metadata(self, coords: Coords) -> BlocksInSight:  # type: ignore[override]
         intervals = KeyIntervals.of(Causal(), coords)
-        return BlocksInSight.of(TokensInSight.of_whole_rows(intervals), intervals, self.block_len)
+        return self.blocks_of(TokensInSight.of_whole_rows(intervals), intervals)
+
+    def blocks_of(self, tokens: TokensInSight, intervals: KeyIntervals) -> BlocksInSight:
+        """The blocks that it picks from, of tokens that are held."""
+        return BlocksInSight.of(tokens, intervals, self.block_len, complete=True)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, attn_metadata: BatchMetadata
+        self, q: Tensor, k: Tensor, v: Tensor, index: Any, attn_metadata: BatchMetadata
     ) -> Tensor:
         """Attend.
 
         Args:
             q: [B, L, H, D].
             k: [B, L, G, D], v: [B, L, G, V]; H a multiple of G.
-            index: of the same tokens.
+            index: a BlockIndex of the same tokens.
             attn_metadata: what the batch brings.
         Returns:
             [B, L, H, V].
@@ -90,30 +110,31 @@ class SparseBlockAttention(TokenReader):
         return self.attend(q, k, v, index, self.own(attn_metadata))
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, metadata: BlocksInSight
+        self, q: Tensor, k: Tensor, v: Tensor, index: Any, metadata: BlocksInSight
     ) -> Tensor:
         """`forward`, once the batch's metadata are known.
 
         To the kernels of dtcp/sparse a token is an entry, whose value is its first channels: the
         value and the key of one kv head, read by queries that are 0 where the value is.
         """
-        selected, value_dim = self.select(index, metadata), v.shape[-1]
+        selected, value_dim, heads = self.select(index, metadata), v.shape[-1], k.shape[2]
         rows = self.bring(torch.cat((v, k), dim=-1), metadata.tokens, q.dtype)
         no_keys = rows.new_empty(rows.shape[0], 0, rows.shape[-1])
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        queries = F.pad(q, (value_dim, 0)).chunk(k.shape[2], dim=2)
+        queries = F.pad(q, (value_dim, 0)).chunk(heads, dim=2)
+        selections = selected.unbind(2) if selected.ndim == 4 else (selected,) * heads
         out = [
             sparse_attention(
                 of_head,
                 no_keys,
                 entries,
-                selected,
+                of_group,
                 None,
                 metadata.tokens.sight,
                 scale=scale,
                 value_dim=value_dim,
             )
-            for of_head, entries in zip(queries, rows.unbind(2), strict=True)
+            for of_head, entries, of_group in zip(queries, rows.unbind(2), selections, strict=True)
         ]
         return torch.cat(out, dim=2)
 
@@ -158,11 +179,18 @@ class SparseBlockAttention(TokenReader):
         last = torch.where(slot < behind, high - behind + slot, -1)
         return torch.where(slot < 0, F.pad(place, (0, length - 1)), last)
 
-    def check_operands(self, q: Tensor, k: Tensor, v: Tensor, index: BlockIndex) -> None:
+    @staticmethod
+    def fits(index: Any, kv_heads: int) -> bool:
+        """Whether queries of an index have the heads and channels that they are scored by."""
+        fits: bool = index.key.shape[2] == index.q.shape[3]
+        return fits
+
+    def check_operands(self, q: Tensor, k: Tensor, v: Tensor, index: Any) -> None:
         """Refuse what would be broadcast, or read as something else."""
         check_tensor(SUBJECT, shape="[B, L, H, D]", ndim=4, dtypes=FLOATS, q=q, k=k, v=v)
         check_tensor(SUBJECT, shape="[B, L, H, D]", ndim=4, dtypes=FLOATS, index_q=index.q)
-        named: dict[str, Any] = {"index_key": index.key, "index_table": index.table}
+        others = index._asdict().items()
+        named = {f"index_{name}": x for name, x in others if name not in ("q", "finish")}
         check_tensor(SUBJECT, ndim=3, dtypes=FLOATS, **named)
         if not q.dtype == k.dtype == v.dtype:
             # What travels is of the queries' dtype, and would be rounded on ranks alone.
@@ -172,15 +200,14 @@ class SparseBlockAttention(TokenReader):
             )
         tokens, heads = q.shape[:2], k.shape[2]
         of_heads = k.shape[3] == q.shape[3] and v.shape[2] == heads and q.shape[2] % heads == 0
-        of_index = index.key.shape[2] == index.q.shape[3]
-        alike = all(x.shape[:2] == tokens for x in (k, v, index.q, index.key, index.table))
-        if not (of_heads and of_index and alike):
+        alike = all(x.shape[:2] == tokens for x in (k, v, index.q, *named.values()))
+        if not (of_heads and self.fits(index, heads) and alike):
             shapes = {"q": q, "k": k, "v": v, "index.q": index.q, **named}
             raise ValueError(
                 f"{SUBJECT} reads keys and values of its queries' tokens, by heads, and an index "
                 f"of them, got shapes { {name: tuple(x.shape) for name, x in shapes.items()} }: "
-                f"give q [B, L, H, D], k [B, L, G, D], v [B, L, G, V], index.q [B, L, I, W], "
-                f"index.key [B, L, W] and index.table [B, L, T], H a multiple of G."
+                f"give q [B, L, H, D], k [B, L, G, D], v [B, L, G, V], {self.index_takes}, H a "
+                f"multiple of G."
             )
 
     def extra_repr(self) -> str:

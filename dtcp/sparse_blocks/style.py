@@ -15,9 +15,10 @@ from dtcp.sequence.coords import Coords
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.gathered_rows import gathered_moves
 from dtcp.softmax.moves import AttentionShape
-from dtcp.sparse_blocks.claimed import ContextParallelSparseBlocks
+from dtcp.sparse_blocks.claimed import ContextParallelScoredBlocks, ContextParallelSparseBlocks
 from dtcp.sparse_blocks.metadata import BlocksInSight
 from dtcp.sparse_blocks.mixer import SparseBlockAttention
+from dtcp.sparse_blocks.scored import ScoredBlockAttention
 from dtcp.sparse_latent.style import PickedTokensCP
 from dtcp.style import MixerShape
 
@@ -29,7 +30,7 @@ class SparseBlockShape(MixerShape):
     Args:
         kv_heads: G, those that are read here.
         key_dim, value_dim: D and V.
-        index_dim: channels of a raw index key and of the table beside it.
+        index_dim: channels of an index key and of the table beside it, if there is one.
     """
 
     batch: int
@@ -42,9 +43,9 @@ class SparseBlockShape(MixerShape):
 
 @dataclass
 class SparseBlockCP(PickedTokensCP):
-    """Carry out SparseBlockAttention on a sharded sequence.
+    """Carry out SparseBlockAttention and ScoredBlockAttention on a sharded sequence.
 
-    Index keys travel as they are, before they are pooled: of what travels they are the smaller
+    Index keys travel as they are, before anything is pooled: of what travels they are the smaller
     part, and blocks, which start and end anywhere on a shard, are whole where they are read. What
     was brought of keys and values is kept for backward. HeadTail balances the indexer, whose work
     grows with the position; on PerDocument, BlockBalanced and DocumentBalanced nothing of other
@@ -62,7 +63,8 @@ class SparseBlockCP(PickedTokensCP):
     """
 
     claims: ClassVar[Mapping[type[Mixer], type[ClaimedMixer]]] = {
-        SparseBlockAttention: ContextParallelSparseBlocks
+        SparseBlockAttention: ContextParallelSparseBlocks,
+        ScoredBlockAttention: ContextParallelScoredBlocks,
     }
     summed: ClassVar[str] = "keys and values"
 
@@ -70,7 +72,7 @@ class SparseBlockCP(PickedTokensCP):
         self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int
     ) -> BlocksInSight:
         assert isinstance(mixer, SparseBlockAttention)
-        return BlocksInSight.of(*self.tokens_in_sight(mixer, coords, layout, rank), mixer.block_len)
+        return mixer.blocks_of(*self.tokens_in_sight(mixer, coords, layout, rank))
 
     def moves(
         self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int, shape: MixerShape

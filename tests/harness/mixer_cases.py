@@ -15,7 +15,12 @@ from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule, GatedLinearAttent
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.masks import AttentionChunks, Causal, SlidingWindow
 from dtcp.softmax.mixer import CrossAttention, LatentAttention, SoftmaxAttention
-from dtcp.sparse_blocks import BlockIndex, SparseBlockAttention
+from dtcp.sparse_blocks import (
+    BlockIndex,
+    ScoredBlockAttention,
+    ScoreIndex,
+    SparseBlockAttention,
+)
 from dtcp.sparse_latent import LightningIndexer, SparseLatentAttention
 
 DOCUMENTS = Documents(((70, 1, 120), (200,)), 200)
@@ -72,6 +77,7 @@ def mixer_cases() -> dict[str, MixerCase]:
         "latents": MixerCase(LatentAttention(Causal()), latent),
         "picked latents": MixerCase(PickedLatents(), picked),
         "picked blocks": MixerCase(PickedBlocks(), QKV),
+        "scored blocks": MixerCase(ScoredBlocks(), QKV),
         "cross attention": MixerCase(CrossAttention(), cross, memory=True),
         "delta rule": MixerCase(
             GatedDeltaRule(), {**STATE, "g": BY_HEAD, "beta": BY_HEAD}, prepared=forget
@@ -113,6 +119,19 @@ class PickedBlocks(nn.Module):
         wide, key = accumulation(q.dtype), k[:, :, 0]
         table = key[..., :1].to(wide)
         index = BlockIndex(q[..., :32].to(wide), key[..., :32].to(wide), table, torch.add)
+        return self.attention(q, k, v, index, attn_metadata)
+
+
+class ScoredBlocks(nn.Module):
+    """The same, by the best score of a token, for each head of keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = ScoredBlockAttention(6, 8, 1)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_metadata: Any) -> Tensor:
+        wide = accumulation(q.dtype)
+        index = ScoreIndex(q[:, :, : k.shape[2], :32].to(wide), k[:, :, 0, :32].to(wide))
         return self.attention(q, k, v, index, attn_metadata)
 
 

@@ -146,6 +146,26 @@ CONFIGS = {
         "video_token_id": 61,
         "experts_implementation": "batched_mm",
     },
+    "minimax_m3_vl": {
+        "text_config": {
+            **SHAPE,
+            **FAMILIES["minimax_m3_vl_text"],
+            **dict.fromkeys(("dense_intermediate_size", "shared_intermediate_size"), 48),
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "index_topk_blocks": 2,
+            "rotary_dim": 4,
+        },
+        "vision_config": {
+            **VISION,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 2,
+            "patch_size": 4,
+        },
+        "image_token_index": IMAGE,
+        "video_token_index": 61,
+        "projector_hidden_size": 32,
+    },
     "mistral3": {
         "text_config": {**SHAPE, "model_type": "mistral", "sliding_window": 7},
         "vision_config": {**VISION, **LAYERS, "model_type": "pixtral", "head_dim": 8},
@@ -180,18 +200,16 @@ def a_batch(kind):
     mask = torch.ones_like(input_ids)
     mask[1, 22:] = 0
     batch = {"input_ids": input_ids, "labels": input_ids.clone(), "attention_mask": mask}
-    if kind in ("qwen3_vl", "qwen4_exp", "hy_v4_vl"):
+    if kind in ("qwen3_vl", "qwen4_exp", "hy_v4_vl", "minimax_m3_vl"):
         # HY-V4 ends each row of an image with a token of its own, and has an image for a video's.
         across, deep = (2, 1) if kind == "hy_v4_vl" else (4, 2)
         shape = ROWS * 4 * across, 3 * deep * 16
         pixels = torch.randn(shape, generator=generator, dtype=torch.float64)
         grid = torch.tensor([[1, 4, across]] * ROWS)
-        return {
-            **batch,
-            "pixel_values": pixels,
-            "image_grid_thw": grid,
-            "mm_token_type_ids": types,
-        }
+        images = {"pixel_values": pixels, "image_grid_thw": grid}
+        # MiniMax-M3 finds images by the ids of their tokens alone.
+        marked = {} if kind == "minimax_m3_vl" else {"mm_token_type_ids": types}
+        return {**batch, **images, **marked}
     if kind.startswith("gemma4"):
         # Patches with their places: 4 x 4 that are pooled by 2 x 2, or 2 x 2.
         across = 4 if kind == "gemma4" else 2
@@ -260,7 +278,7 @@ def adapted(kind):
 
 
 @pytest.mark.slow_where(lambda kind: kind != "gemma4")
-@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "gemma4_unified"])
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "gemma4_unified", "minimax_m3_vl"])
 @spmd(ranks=2)
 def test_packed_documents_with_images_equal_rows_of_their_own(mesh, kind):
     assert_step_equal(kind, Degrees(cp=2), packed=True)

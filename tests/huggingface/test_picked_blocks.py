@@ -1,4 +1,4 @@
-"""Qwen4: unmodified models, whose indexers pick blocks of tokens, and whose n-grams are hashed.
+"""Qwen4 and MiniMax-M3, unmodified: their indexers pick blocks of tokens; Qwen4 hashes n-grams.
 
 Held against themselves on one device in fp64, one document at a time.
 """
@@ -25,10 +25,11 @@ from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.per_document import PerDocument
 from dtcp.softmax import AllGatherAttention, HaloAttention, RingAttention, UlyssesAttention
-from dtcp.sparse_blocks import SparseBlockAttention, SparseBlockCP
+from dtcp.sparse_blocks import ScoredBlockAttention, SparseBlockAttention, SparseBlockCP
 from tests.harness.spmd import spmd
 
 KIND, END = "qwen4_exp_text", 5
+SCORED = CheckedHuggingFaceModel("minimax_m3_vl_text", {})
 # With so many heads of the indexer no score is 0 (small_sizes.py): torch.topk picks any of equal
 # ones, and a mixer the first. Halos of the n-grams' convolution, 3 x 2, are shorter than segments.
 CHECKED = CheckedHuggingFaceModel(
@@ -46,52 +47,59 @@ CHECKED = CheckedHuggingFaceModel(
 )
 
 
-def assert_step_equal(degrees, layout=HeadTail, *, compile=None, ranks_per_node=0):
+BOTH = pytest.mark.parametrize("checked", [CHECKED, SCORED], ids=lambda each: each.config)
+
+
+def assert_step_equal(degrees, layout=HeadTail, *, compile=None, ranks_per_node=0, checked=CHECKED):
     """Assert that loss and every gradient on packed rows are those of one device."""
     mesh = ParallelMesh.from_degrees(degrees, "cpu", ranks_per_node=ranks_per_node)
     options = CheckOptions(degrees, layout=layout, seq_len=72)
     # The square root of a gate makes much of what norms in fp32 round. Graphs have their own casts.
     with TrueFP64() if compile is None else nullcontext():
-        result = compare(CHECKED, options, mesh, compile)
+        result = compare(checked, options, mesh, compile)
     wrong = {name: error for name, error in result.errors.items() if not error <= 1e-5}
     assert not wrong, wrong
     return result
 
 
-@pytest.mark.slow_where(lambda ranks: ranks != 2)
+@pytest.mark.slow_where(lambda ranks, checked: ranks != 2)
+@BOTH
 @spmd(ranks=(2, 3, 4))
-def test_model_that_picks_blocks_equals_the_unmodified_one(mesh, ranks):
-    """What travels are raw index keys and, there and back, keys and values."""
-    result = assert_step_equal(Degrees(cp=ranks))
+def test_model_that_picks_blocks_equals_the_unmodified_one(mesh, checked, ranks):
+    """What travels are index keys and, there and back, keys and values."""
+    result = assert_step_equal(Degrees(cp=ranks), checked=checked)
     there = result.by_op["dtcp::gather_shared_kv"]
     back = result.by_op["dtcp::gather_shared_kv_backward"]
     assert (there.calls, back.calls) == (2, 1)
-    # 8 channels of a key and 4 of rotary tables, that is half of each; 2 heads of 8 + 8.
-    of_index, of_attention = (8 + 4) * 8, 2 * (8 + 8) * 8
+    # 8 channels of a key; of Qwen4 4 of rotary tables, that is half of each; 2 heads of 8 + 8.
+    of_index, of_attention = (8 + 4 * (checked == CHECKED)) * 8, 2 * (8 + 8) * 8
     assert there.received % (of_index + of_attention) == back.received % of_attention == 0
     assert there.received > 0
 
 
 @pytest.mark.slow
+@BOTH
 @pytest.mark.parametrize("layout", [Contiguous, PerDocument, BlockBalanced, DocumentBalanced])
 @spmd(ranks=2)
-def test_every_layout_equals_one_device(mesh, layout):
-    assert_step_equal(Degrees(cp=2), layout)
+def test_every_layout_equals_one_device(mesh, layout, checked):
+    assert_step_equal(Degrees(cp=2), layout, checked=checked)
 
 
 @pytest.mark.slow
+@BOTH
 @spmd(ranks=2)
-def test_compiled_model_equals_one_device(mesh):
-    result = assert_step_equal(Degrees(cp=2), compile=Compile("aot_eager"))
+def test_compiled_model_equals_one_device(mesh, checked):
+    result = assert_step_equal(Degrees(cp=2), compile=Compile("aot_eager"), checked=checked)
     assert result.graphs.breaks == 0
 
 
 @pytest.mark.slow
+@BOTH
 @spmd(ranks=4)
-def test_model_beside_tp_fsdp_and_on_two_nodes(mesh):
-    assert_step_equal(Degrees(cp=2, tp=2))
-    assert_step_equal(Degrees(dp_shard=2, cp=2), Contiguous)
-    assert_step_equal(Degrees(cp=4), DocumentBalanced, ranks_per_node=2)
+def test_model_beside_tp_fsdp_and_on_two_nodes(mesh, checked):
+    assert_step_equal(Degrees(cp=2, tp=2), checked=checked)
+    assert_step_equal(Degrees(dp_shard=2, cp=2), Contiguous, checked=checked)
+    assert_step_equal(Degrees(cp=4), DocumentBalanced, ranks_per_node=2, checked=checked)
 
 
 def test_layers_have_the_mixers_that_they_need():
@@ -104,6 +112,27 @@ def test_layers_have_the_mixers_that_they_need():
     assert (mixer.num_blocks, mixer.block_len, mixer.scale) == (2, 4, 8**-0.5)
     convs = [m for m in linear.ple.modules() if isinstance(m, CausalConv1d)]
     assert sorted((m.width, m.dilation) for m in convs) == [(3, 1), (3, 3)]
+
+
+def test_blocks_that_are_scored_are_picked_for_each_head_of_keys():
+    plain, sparse = install_mixers(seeded(SCORED)).attentions
+    assert plain.blocks == () and sparse.blocks == (ScoredBlockAttention, 2, 4, 1)
+    assert type(sparse.mixer()) is ScoredBlockAttention
+
+
+def test_block_indices_of_another_kind_are_refused():
+    """transformers' own, of a model whose indexer is not known here."""
+    model = seeded(SCORED)
+    type_of_own = type("Indexer", (type(model.model.layers[1].self_attn.indexer),), {})
+    model.model.layers[1].self_attn.indexer.__class__ = type_of_own
+    with pytest.raises(ValueError, match=r"layers.1.self_attn .* called with block_indices"):
+        install_mixers(model)
+
+
+def test_an_index_of_other_heads_than_the_keys_is_refused():
+    model = seeded(CheckedHuggingFaceModel(SCORED.config, {"index_n_heads": 4}))
+    with pytest.raises(ValueError, match=r"picks blocks for 4 heads, and the keys .* have 2: give"):
+        install_mixers(model)
 
 
 def test_ngrams_end_with_their_text_and_with_their_document():

@@ -1,4 +1,4 @@
-"""LoRA on Qwen4: on attention, on what makes features of n-grams, and on what has no gradient."""
+"""LoRA on Qwen4 and MiniMax-M3: on attention, on features of n-grams, on what has no gradient."""
 
 import pytest
 from peft import LoraConfig, inject_adapter_in_model
@@ -11,23 +11,24 @@ from dtcp.parallelize import parallelize_hf
 from tests.harness.spmd import spmd
 from tests.huggingface.test_huggingface import assert_same_step
 from tests.huggingface.test_lora import adapted, on_mesh_of
-from tests.huggingface.test_picked_blocks import CHECKED
+from tests.huggingface.test_picked_blocks import BOTH, CHECKED
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "key_proj", "value_proj", "index_qk_proj")
 
 
-@pytest.mark.slow_where(lambda degrees: degrees.cp == 1)
+@pytest.mark.slow_where(lambda degrees, checked: degrees.cp == 1)
+@BOTH
 @pytest.mark.parametrize("degrees", [Degrees(cp=2), Degrees(tp=2), Degrees(dp_shard=2)])
 @spmd(ranks=2)
-def test_lora_on_attention_ngrams_and_indexer_equals_one_device(mesh, degrees):
+def test_lora_on_attention_ngrams_and_indexer_equals_one_device(mesh, degrees, checked):
     """The indexer's picks otherwise, and is not trained: its choice has no gradient."""
     with TrueFP64():
-        reference, model = (adapted(targets=TARGETS, model=seeded(CHECKED)) for _ in range(2))
+        reference, model = (adapted(targets=TARGETS, model=seeded(checked)) for _ in range(2))
         assert_same_step(reference, *on_mesh_of(model, degrees))
     for each in (reference, model):
         trained = {name for name, p in each.named_parameters() if p.requires_grad}
         without = {name for name, p in each.named_parameters() if p.grad is None} & trained
-        assert without == {name for name in trained if "index_qk_proj" in name} != set()
+        assert without == {name for name in trained if ".indexer." in name} != set()
 
 
 @pytest.mark.slow

@@ -62,15 +62,20 @@ def test_sparse_kernels_compile(tmp_path):
 
 @pytest.mark.slow
 def test_kernels_on_picked_blocks_equal_plain_torch():
-    """At Qwen4's widths: 256 channels of a value and 256 of a key behind them."""
-    (errors,) = lines_of("tests.harness.sparse_blocks_interpreted", TRITON_INTERPRET="1")
-    assert errors.pop("picked") == 0
-    assert len(errors) == 4 and all(error < 2e-6 for error in errors.values()), errors
+    """At Qwen4's widths, 256 channels of a value and 256 of a key behind them; at MiniMax-M3's."""
+    both = lines_of("tests.harness.sparse_blocks_interpreted", TRITON_INTERPRET="1")
+    assert len(both) == 2
+    for errors in both:
+        assert errors.pop("picked") == 0
+        assert len(errors) == 4 and all(error < 2e-6 for error in errors.values()), errors
 
 
 @pytest.mark.slow
 def test_kernels_compile_for_picked_blocks(tmp_path):
-    calls = [f"{gpu}:bfloat16,8,256+256,1024" for gpu in ("h100", "b200", "a100", "rtx")]
+    gpus = ("h100", "b200", "a100", "rtx")
+    calls = [
+        f"{gpu}:bfloat16,{call}" for gpu in gpus for call in ("8,256+256,1024", "16,128+128,1024")
+    ]
     reports = lines_of("tests.harness.sparse_compiled", *calls, TRITON_CACHE_DIR=str(tmp_path))
     for report in reports:
         assert len(report["kernels"]) == 4

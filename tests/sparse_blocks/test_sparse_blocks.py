@@ -1,8 +1,10 @@
 """Attention to the tokens of picked blocks equals dense attention to them, in fp64."""
 
 import functools
+from itertools import product
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,14 +15,21 @@ from dtcp.batch import shard_batch
 from dtcp.compile import EagerIsland, count_graphs
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.kernels.sparse import indexer, reference
+from dtcp.kernels.sparse import block_indexer, indexer, reference
 from dtcp.mixer_metadata import batch_metadata
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.per_document import PerDocument
-from dtcp.sparse_blocks import BlockIndex, SparseBlockAttention, SparseBlockCP, SparseBlockShape
+from dtcp.sparse_blocks import (
+    BlockIndex,
+    ScoredBlockAttention,
+    ScoreIndex,
+    SparseBlockAttention,
+    SparseBlockCP,
+    SparseBlockShape,
+)
 from tests.harness import packings
 from tests.harness.attention_parity import LAYOUTS
 from tests.harness.spmd import spmd
@@ -28,8 +37,10 @@ from tests.harness.spmd import spmd
 SEQ_LEN = 48
 HEADS, KV_HEADS, DIM, VALUE = 4, 2, 6, 5
 INDEX_HEADS, INDEX_DIM, TABLE = 2, 8, 3
-BLOCKS, BLOCK_LEN = 2, 3
+BLOCKS, BLOCK_LEN, LOCAL = 2, 3, 1
 """Two heads of an indexer: a quarter of all scores are 0, equal to each other."""
+FORMS = pytest.mark.parametrize("scored", [False, True], ids=["pooled", "scored"])
+"""Blocks are picked by pooled keys, or by scores of their tokens."""
 
 
 class Inputs(NamedTuple):
@@ -93,13 +104,31 @@ def read(x: Inputs, documents: Documents, number: int) -> Tensor:
     return out
 
 
+def read_by_scores(x: Inputs, documents: Documents, number: int) -> Tensor:
+    """The same where tokens are scored, for each head of keys and values: [B, G, S, S] bool."""
+    out = torch.zeros(documents.batch, KV_HEADS, SEQ_LEN, SEQ_LEN, dtype=torch.bool)
+    for row, lengths in enumerate(documents.lengths):
+        for start, length in zip(np.cumsum([0, *lengths]).tolist(), lengths, strict=False):
+            for head, token in product(range(KV_HEADS), range(start, start + length)):
+                score = x.index_key[row, start : token + 1] @ x.index_q[row, token, head]
+                best = torch.stack([block.max() for block in score.split(BLOCK_LEN)])
+                best[-LOCAL:] = torch.inf
+                picked = best.sort(descending=True, stable=True).indices[:number].tolist()
+                for first in (start + block * BLOCK_LEN for block in picked):
+                    out[row, head, token, first : min(first + BLOCK_LEN, token + 1)] = True
+    return out
+
+
 @functools.cache
 @torch.enable_grad()
-def truth(packing: packings.Packing, num_shards: int, number: int) -> Truth:
+def truth(packing: packings.Packing, num_shards: int, number: int, scored: bool) -> Truth:
     """Dense attention to the tokens of picked blocks."""
     documents = packing(SEQ_LEN, num_shards)
     x = inputs(documents.batch)
-    sees = read(x, documents, number)[:, None]
+    if scored:
+        sees = read_by_scores(x, documents, number).repeat_interleave(HEADS // KV_HEADS, dim=1)
+    else:
+        sees = read(x, documents, number)[:, None]
     k, v = (each.repeat_interleave(HEADS // KV_HEADS, dim=2) for each in (x.k, x.v))
     scores = torch.einsum("bshd,bthd->bhst", x.q, k) * 0.3
     weights = scores.masked_fill(~sees, -torch.inf).softmax(-1).masked_fill(~sees, 0.0)
@@ -113,17 +142,21 @@ def truth(packing: packings.Packing, num_shards: int, number: int) -> Truth:
 class Layer(nn.Module):
     """The mixer between per-token operations."""
 
-    def __init__(self, number: int = BLOCKS) -> None:
+    def __init__(self, number: int = BLOCKS, *, scored: bool = False) -> None:
         super().__init__()
-        self.mixer = SparseBlockAttention(number, BLOCK_LEN, scale=0.3)
+        self.scored, pooled = scored, SparseBlockAttention(number, BLOCK_LEN, scale=0.3)
+        by_scores = ScoredBlockAttention(number, BLOCK_LEN, LOCAL, scale=0.3)
+        self.mixer = by_scores if scored else pooled
 
     def forward(self, x: Inputs, attn_metadata: object) -> Tensor:
         index = BlockIndex(-x.index_q, x.index_key * 1, x.table, lambda k, t: -finish(k, t))
+        if self.scored:
+            index = ScoreIndex(-x.index_q, -x.index_key)
         return -self.mixer(-x.q, -x.k, -x.v, index, attn_metadata)
 
 
-def claimed(mesh, style) -> Layer:
-    layer = Layer()
+def claimed(mesh, style, *, scored: bool = False) -> Layer:
+    layer = Layer(scored=scored)
     parallelize_module(layer, mesh, {"mixer": style})
     return layer
 
@@ -131,7 +164,8 @@ def claimed(mesh, style) -> Layer:
 def step(layer, mesh, packing, layout, *, call=None):
     """Hold output and every gradient against dense attention; what moved, there and back."""
     ranks = mesh["cp"].size()
-    expected, documents = truth(packing, ranks, BLOCKS), packing(SEQ_LEN, ranks)
+    documents = packing(SEQ_LEN, ranks)
+    expected = truth(packing, ranks, BLOCKS, isinstance(layer.mixer, ScoredBlockAttention))
     batch = {"input_ids": torch.zeros(documents.batch, SEQ_LEN, dtype=torch.int64)}
     on = ParallelMesh.from_device_mesh(mesh)
     sharded = shard_batch(batch, on, layout, model=layer, documents=documents)[1]
@@ -149,14 +183,16 @@ def step(layer, mesh, packing, layout, *, call=None):
 
 @pytest.mark.parametrize("packing", [packings.across_borders, packings.two_rows])
 @pytest.mark.parametrize("number", [1, BLOCKS, SEQ_LEN])
-def test_one_device_equals_dense_attention_to_what_is_picked(packing, number, monkeypatch):
+@FORMS
+def test_one_device_equals_dense_attention_to_what_is_picked(packing, number, scored, monkeypatch):
     """In one tile; and, cut again, in many. All that is in sight where more could be picked."""
-    expected, layer = truth(packing, 1, number), Layer(number)
+    expected, layer = truth(packing, 1, number, scored), Layer(number, scored=scored)
     mine = Inputs(*(x.clone().requires_grad_() for x in expected.inputs))
     metadata = batch_metadata(layer, packing(SEQ_LEN, 1))
     for most in (2**24, 3 * SEQ_LEN):
         monkeypatch.setattr(reference, "MAX_TILE_SCORES", most)
         monkeypatch.setattr(indexer, "MAX_INDEX_SCORES", most)
+        monkeypatch.setattr(block_indexer, "MAX_INDEX_SCORES", most)
         out = layer(mine, metadata)
         assert_close(out, expected.out)
         grads = torch.autograd.grad(out, mine[:3], expected.grad_out)
@@ -178,11 +214,12 @@ def test_picked_blocks_are_fewer_than_all_and_scores_are_tied():
     assert (may & ~picked & (score == least)).any()
 
 
-@pytest.mark.slow_where(lambda ranks: ranks != 2)
+@pytest.mark.slow_where(lambda ranks, scored: ranks != 2)
+@FORMS
 @spmd(ranks=(1, 2, 3, 4))
-def test_ranks_equal_dense_attention_and_receive_what_they_may_read(mesh, ranks):
+def test_ranks_equal_dense_attention_and_receive_what_they_may_read(mesh, scored, ranks):
     """Packed rows, padding, rows packed differently, every layout; bytes counted token by token."""
-    layer = claimed(mesh, style := SparseBlockCP())
+    layer = claimed(mesh, style := SparseBlockCP(), scored=scored)
     layouts = (*LAYOUTS, DocumentBalanced) if ranks in (2, 4) else (HeadTail,)
     rank = mesh["cp"].get_local_rank()
     for number, layout in enumerate(layouts):
@@ -194,15 +231,20 @@ def test_ranks_equal_dense_attention_and_receive_what_they_may_read(mesh, ranks)
     sharded, there, back = step(layer, mesh, packings.across_borders, Contiguous)
     others = tokens_of_others_in_sight(packings.across_borders(SEQ_LEN, ranks), ranks)
     of_token = KV_HEADS * (DIM + VALUE) * 8
-    assert there.received == others[rank] * (of_token + (INDEX_DIM + TABLE) * 8)
+    assert there.received == others[rank] * (of_token + of_index(layer) * 8)
     assert back.received == ([0, *others, 0][rank + 2] if ranks > 1 else 0) * of_token
 
 
 def of_formula(style, layer, sharded, rank):
     """Bytes received, forward and backward."""
-    shape = SparseBlockShape(sharded.coords.rows, KV_HEADS, DIM, VALUE, INDEX_DIM + TABLE, 8)
+    shape = SparseBlockShape(sharded.coords.rows, KV_HEADS, DIM, VALUE, of_index(layer), 8)
     received = style.received(layer.mixer, sharded.coords, sharded.layout, rank, shape)
     return received.forward, received.backward
+
+
+def of_index(layer: Layer) -> int:
+    """Channels of an indexer that travel."""
+    return INDEX_DIM if layer.scored else INDEX_DIM + TABLE
 
 
 def tokens_of_others_in_sight(documents: Documents, ranks: int) -> list[int]:
@@ -213,9 +255,10 @@ def tokens_of_others_in_sight(documents: Documents, ranks: int) -> list[int]:
     ]
 
 
+@FORMS
 @spmd(ranks=2)
-def test_compiled_layer_is_one_graph_and_equals_dense_attention(mesh):
-    layer = claimed(mesh, SparseBlockCP())
+def test_compiled_layer_is_one_graph_and_equals_dense_attention(mesh, scored):
+    layer = claimed(mesh, SparseBlockCP(), scored=scored)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     with count_graphs() as graphs:
         for packing in (packings.across_borders, packings.one_document):
@@ -224,15 +267,16 @@ def test_compiled_layer_is_one_graph_and_equals_dense_attention(mesh):
 
 
 @pytest.mark.slow
+@FORMS
 @spmd(ranks=4)
-def test_layer_on_two_nodes_on_islands_and_in_wide_sums_equals_dense_attention(mesh):
+def test_layer_on_two_nodes_on_islands_and_in_wide_sums_equals_dense_attention(mesh, scored):
     rank = mesh["cp"].get_local_rank()
     for style in (
         SparseBlockCP(ranks_per_node=2),
         SparseBlockCP(boundary=EagerIsland()),
         SparseBlockCP(reduce_dtype=torch.float32),
     ):
-        layer = claimed(mesh, style)
+        layer = claimed(mesh, style, scored=scored)
         for layout in (HeadTail, PerDocument):
             sharded, there, back = step(layer, mesh, packings.before_borders, layout)
             assert (there.received, back.received) == of_formula(style, layer, sharded, rank)
@@ -259,8 +303,9 @@ def test_gradients_of_keys_are_summed_unrounded_where_asked(mesh):
     assert min(received[0]) > 0
 
 
-def test_rows_shorter_than_a_block_are_read_whole():
-    layer = Layer()
+@FORMS
+def test_rows_shorter_than_a_block_are_read_whole(scored):
+    layer = Layer(scored=scored)
     mine = Inputs(*(x[:, :2] for x in inputs(1)))
     out = layer(mine, batch_metadata(layer, Documents.single(1, 2)))
     k, v = (each.repeat_interleave(2, dim=2).transpose(1, 2) for each in (mine.k, mine.v))
@@ -287,6 +332,13 @@ def test_operands_that_do_not_fit_are_refused():
         layer.mixer(x.q, x.k, x.v, index._replace(q=None), metadata)
     with pytest.raises(TypeError, match=r"one floating dtype, got q.dtype=torch.float64, k.dtype="):
         layer.mixer(x.q, x.k.float(), x.v, index, metadata)
+    keys = ScoreIndex(x.index_q[:, :, :1], x.index_key)
+    with pytest.raises(
+        ValueError, match=r"give .* index.q \[B, L, G, W\] and index.key \[B, L, W\]"
+    ):
+        Layer(scored=True).mixer(x.q, x.k, x.v, keys, metadata)
+    with pytest.raises(ValueError, match=r"got num_local=3 of num_blocks=2: pick as many"):
+        ScoredBlockAttention(2, 4, 3)
     with pytest.raises(ValueError, match="block_len >= 1"):
         SparseBlockAttention(1, 0)
     with pytest.raises(ValueError, match="finite"):
@@ -300,6 +352,9 @@ def test_metadata_of_another_batch_are_refused(mesh):
     one = Layer()
     with pytest.raises(ValueError, match="An indexer reads the metadata of its own batch"):
         one(inputs(1), batch_metadata(one, Documents.single(1, 32)))
+    scored = Layer(scored=True)
+    with pytest.raises(ValueError, match="An indexer of blocks reads the metadata of its own"):
+        scored(inputs(1), batch_metadata(scored, Documents.single(1, 32)))
     layer, on = claimed(mesh, SparseBlockCP()), ParallelMesh.from_device_mesh(mesh)
     mine = Inputs(*(x[:, : SEQ_LEN // 2] for x in inputs(1)))
     for seq_len in (SEQ_LEN // 2, 2 * SEQ_LEN):
@@ -311,8 +366,9 @@ def test_metadata_of_another_batch_are_refused(mesh):
 
 def test_coords_are_read_alike_on_one_device_and_on_one_rank():
     """The same blocks and tiles, whether tokens are exchanged or not."""
-    coords, mixer = Coords.of(packings.two_rows(SEQ_LEN, 1)), Layer().mixer
-    alone = mixer.whole_row_metadata(coords)
-    one = SparseBlockCP().make_metadata(mixer, coords, Contiguous(SEQ_LEN, 1), 0)
-    for name in ("start", "closing", "tiles"):
-        assert torch.equal(getattr(alone, name), getattr(one, name))
+    coords = Coords.of(packings.two_rows(SEQ_LEN, 1))
+    for mixer in (Layer().mixer, Layer(scored=True).mixer):
+        alone = mixer.whole_row_metadata(coords)
+        one = SparseBlockCP().make_metadata(mixer, coords, Contiguous(SEQ_LEN, 1), 0)
+        for name in ("start", "closing", "tiles"):
+            assert torch.equal(getattr(alone, name), getattr(one, name))

@@ -112,7 +112,7 @@ def _joined(blocks: Sequence[_Block], num_selected: int) -> list[_Block]:
     return [
         block._replace(start=start, stop=stop)
         for block in groups
-        for start, stop in _steps(
+        for start, stop in steps(
             block.start, block.stop, max(1, MAX_INDEX_SCORES // max(1, block.width))
         )
     ]
@@ -121,14 +121,14 @@ def _joined(blocks: Sequence[_Block], num_selected: int) -> list[_Block]:
 def _all_seen(given: _Given, low: int) -> Tensor:
     """The entries that each query sees, where they are too few to need a score: [Q, P]."""
     seen = visible(given.first, given.last, given.closing)
-    return _compact(_places(seen, low), seen, seen.shape[1], fill=NO_ENTRY)
+    return compact(places_from(seen, low), seen, seen.shape[1], fill=NO_ENTRY)
 
 
 def _select_at_once(kernel: IndexScores, given: _Given, low: int, num_selected: int) -> Tensor:
     """The selection of some queries among the entries from `low` on, all scored: [Q, k]."""
     score = kernel(*given)
-    chosen = _highest(score, num_selected) & (score > -inf)
-    return _compact(_places(score, low), chosen, num_selected, fill=NO_ENTRY)
+    chosen = highest(score, num_selected) & (score > -inf)
+    return compact(places_from(score, low), chosen, num_selected, fill=NO_ENTRY)
 
 
 def _select(given: _Given, low: int, num_selected: int) -> Tensor:
@@ -138,17 +138,17 @@ def _select(given: _Given, low: int, num_selected: int) -> Tensor:
     best = q.new_full((queries, num_selected), -inf, dtype=accumulation(q.dtype))
     place = q.new_full((queries, num_selected), NO_ENTRY, dtype=torch.int32)
     q, weight = q.to(best.dtype), weight.to(best.dtype)
-    for start, stop in _steps(0, len(keys), max(1, MAX_INDEX_SCORES // (queries * heads))):
+    for start, stop in steps(0, len(keys), max(1, MAX_INDEX_SCORES // (queries * heads))):
         score = plain_scores(q, weight, keys[start:stop], first, last, closing[start:stop])
         best, place = _best(
             torch.cat((best, score), dim=1),
-            torch.cat((place, _places(score, low + start)), dim=1),
+            torch.cat((place, places_from(score, low + start)), dim=1),
             num_selected,
         )
-    return _compact(place, best > -inf, num_selected, fill=NO_ENTRY)
+    return compact(place, best > -inf, num_selected, fill=NO_ENTRY)
 
 
-def _places(like: Tensor, low: int) -> Tensor:
+def places_from(like: Tensor, low: int) -> Tensor:
     """The places from `low` on, for each query alike: [Q, P] int32."""
     stop = low + like.shape[1]
     return torch.arange(low, stop, dtype=torch.int32, device=like.device).expand_as(like)
@@ -156,11 +156,11 @@ def _places(like: Tensor, low: int) -> Tensor:
 
 def _best(score: Tensor, place: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """The highest scores of each row and their places, order kept; of equal ones the first."""
-    keep = _highest(score, number)
-    return _compact(score, keep, number, fill=-inf), _compact(place, keep, number, fill=NO_ENTRY)
+    keep = highest(score, number)
+    return compact(score, keep, number, fill=-inf), compact(place, keep, number, fill=NO_ENTRY)
 
 
-def _highest(score: Tensor, number: int) -> Tensor:
+def highest(score: Tensor, number: int) -> Tensor:
     """Which scores of each row are among its highest; of equal ones the first: bool."""
     least = score.topk(number, dim=1, sorted=False).values.amin(1, keepdim=True)
     above, equal = score > least, score == least
@@ -168,13 +168,14 @@ def _highest(score: Tensor, number: int) -> Tensor:
     return above | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))
 
 
-def _compact(x: Tensor, keep: Tensor, length: int, *, fill: float) -> Tensor:
+def compact(x: Tensor, keep: Tensor, length: int, *, fill: float) -> Tensor:
     """Move what is kept of each row to its start, in order; unlike x[keep], with no host sync."""
     slot = torch.where(keep, keep.cumsum(1) - 1, length)
     out = x.new_full((x.shape[0], length + 1), fill)
     return out.scatter_(1, slot, x)[:, :length]
 
 
-def _steps(low: int, high: int, step: int) -> Iterator[tuple[int, int]]:
+def steps(low: int, high: int, step: int) -> Iterator[tuple[int, int]]:
+    """Starts and stops of stretches of `step`, the last one shorter."""
     for start in range(low, high, step):
         yield start, min(start + step, high)
