@@ -112,6 +112,7 @@ OF_TRANSFORMERS = (
     "_keys_to_ignore_on_load_unexpected",
     "_keys_to_ignore_on_save",
     "_split_heads",
+    "_supports_sdpa",
     "_weight_conversions",
 )
 OF_TORCHTITAN = ("_create_checkpoint_id", "_find_load_step", "_owner", "_should_save")

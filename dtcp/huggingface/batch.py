@@ -30,6 +30,7 @@ from dtcp.huggingface.positions import check_longest
 from dtcp.huggingface.rotary_lengths import last_position
 from dtcp.huggingface.router_logits import balance_loss_of_batch, balance_weight, is_balanced
 from dtcp.huggingface.token_ids import check_ids
+from dtcp.huggingface.token_types import without_types
 from dtcp.inference_mode import no_inference_tensors
 from dtcp.labels import check_not_shifted, shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
@@ -218,7 +219,7 @@ def _rows_of(batch: Mapping[str, Any], model: nn.Module, *, for_token_loss: bool
     documents = documents_of_hf_batch(rows)
     check_longest(documents, model)
     whole = {key: x for key, x in rows.items() if key not in (*DOCUMENT_KEYS, "attention_mask")}
-    whole = with_blocks(whole, model)
+    whole = without_types(with_blocks(whole, model), model)
     whole["position_ids"] = documents.position_ids()
     fields = DEFAULT_FIELDS
     if pooling is not None:

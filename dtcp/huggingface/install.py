@@ -37,6 +37,7 @@ from dtcp.huggingface.recurrent_layers import install_recurrent_mixers
 from dtcp.huggingface.rotary_lengths import install_rotary_lengths
 from dtcp.huggingface.router_logits import leave_out_own_balance
 from dtcp.huggingface.survey import Survey, survey
+from dtcp.huggingface.token_types import READS_TYPES, check_no_types
 
 ARGUMENTS = (
     "input_ids",
@@ -63,9 +64,8 @@ def install_mixers(model: Any) -> Survey:
         ValueError: the model mixes tokens in a way that cannot be sharded; names the layers.
     """
     check_has_no_mixers(model)
-    on_meta = next(model.parameters()).is_meta
     before = {key: x._attn_implementation for key, x in _inner_configs(model)}
-    result = survey_on_meta(model) if on_meta else survey(model)
+    result = survey_on_meta(model) if next(model.parameters()).is_meta else survey(model)
     result.check()
     for attention in result.attentions:
         _install_attention(model.get_submodule(attention.name), attention)
@@ -106,6 +106,7 @@ def install_mixers(model: Any) -> Survey:
     note_longest(model, result.positions, result.images)
     install_padding_ids(model, hidden=result.hides_padding, uncounted=uncounted)
     vars(model)[_POSITIONS] = result.positions
+    vars(model)[READS_TYPES] = result.reads_types
     vars(model)[_CONFIGS] = _attention_configs(model, result)
     vars(model)[_OF_DECODER] = (*DECODER_TOKENS, DECODER_KEY) if result.encoder else ()
     if hasattr(model.config.get_text_config(), "output_router_logits"):
@@ -280,6 +281,7 @@ def _check_call(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     switched_on = [key for key in ARGUMENTS[-1:] if kwargs.get(key)]
     known = (*ARGUMENTS, *image_arguments(model), *vars(model)[_OF_DECODER])
     unknown = [key for key, x in kwargs.items() if key not in known and x is not None]
+    check_no_types(model, kwargs)
     if switched_on or unknown or kwargs.get("use_cache"):
         raise ValueError(
             f"A model with mixers is called with the input_ids, position_ids and attn_metadata of "

@@ -47,6 +47,7 @@ class Survey:
         encoder: the name of the encoder in a model that has a decoder, too.
         hides_padding: whether it hides tokens with the id of padding where it is given no mask.
         own_masks: attention that is handed a mask of its model's own, which hides nothing.
+        reads_types: whether its masks go by the types of tokens, which mixers do not.
     """
 
     attentions: tuple[SurveyedAttention, ...]
@@ -61,6 +62,7 @@ class Survey:
     hides_padding: bool = False
     own_masks: tuple[str, ...] = ()
     capacity: tuple[SurveyedMixer, ...] = ()
+    reads_types: bool = False
 
     def check(self) -> None:
         """Stop where something is refused.
@@ -113,6 +115,7 @@ def survey(model: Any) -> Survey:
         recorder.hides_padding,
         tuple(recorder.own_masks),
         surveyed_capacity(model),
+        probe.reads_types,
     )
 
 

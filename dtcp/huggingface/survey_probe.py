@@ -28,6 +28,7 @@ from dtcp.huggingface.positions import (
     takes_positions,
 )
 from dtcp.huggingface.recorder import Recorder, varies
+from dtcp.huggingface.token_types import TYPES, embeds_types
 from dtcp.sequence.block_runs import vision_blocks
 
 
@@ -50,6 +51,7 @@ class SurveyProbe:
         self.positions = Positions()
         self.pooled_head: PooledHead | None = None
         self.images = ""
+        self.reads_types = False
 
     def run(self) -> None:
         """Run the model and note in the recorder what is found."""
@@ -79,14 +81,16 @@ class SurveyProbe:
                 )
             if self.recorder.made_masks:
                 self.look_at_padding()
-            self.images = language_model(model)
-            if self.images and not self.recorder.refused:
+            self.images, refused = language_model(model), self.recorder.refused
+            if self.images and not refused:
                 self.look_at_images()
             elif self.recorder.of_blocks and not self.images:
                 refuse(
                     f"{name} reads blocks of tokens in its masks, and takes no images that would "
                     f"show which: write it with mixers (docs/add_a_model.md)."
                 )
+            elif TYPES in image_arguments(model) and not (refused or embeds_types(model)):
+                self.reads_types = self.masks_change_by_types()
 
     def call(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """The model on rows that it counts by itself, or by position_ids if they are given.
@@ -220,6 +224,17 @@ class SurveyProbe:
         keys = [key for key in TOKEN_TYPES if key in image_arguments(self.model)]
         with torch.no_grad():
             self.call(self.input_ids, position_ids=self.position_ids, **dict.fromkeys(keys, types))
+
+    def masks_change_by_types(self) -> bool:
+        """Whether a mask is another one where tokens are of several types (HRM's prefixes)."""
+        types, refused = torch.zeros_like(self.input_ids), self.recorder.refused
+        types[:, :5] = 1
+        known = list(refused)
+        with torch.no_grad():
+            self.call(self.input_ids, position_ids=self.position_ids, **{TYPES: types})
+        changes = refused != known
+        refused[:] = known
+        return changes
 
 
 def _unknown_outputs(model: nn.Module, outputs: list[Tensor]) -> str:
