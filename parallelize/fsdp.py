@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from dtcp._torch.fsdp import has_param_meshes, param_mesh
 from dtcp.distributed.mesh import ParallelMesh
+from dtcp.huggingface.quantized import weights_kept_whole
 from dtcp.parallelize.keep_dtype import gather_in_own_dtype
 from dtcp.sequence.arguments import check_kind
 
@@ -43,7 +44,8 @@ class FSDP:
     def is_needed(self, model: nn.Module) -> bool:
         """Whether it changes a model that no axis shards: by a cast, or by offloading."""
         policy = self.mixed_precision
-        weights = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        whole = weights_kept_whole(model)
+        weights = {p.dtype for p in model.parameters() if p not in whole and p.is_floating_point()}
         casts = policy.param_dtype is not None and weights != {policy.param_dtype}
         return casts or policy.output_dtype is not None or type(self.offload) is not OffloadPolicy
 
@@ -59,6 +61,8 @@ def shard_parameters(
 ) -> None:
     """Shard a model's parameters: one gather per block, one per unit, one for the rest.
 
+    Quantized weights, which are frozen, every rank keeps whole.
+
     Args:
         mesh: weights lie on its hsdp, those that are spread over ep on its expert_hsdp.
         fsdp_units: modules of which each unit is gathered together: parts that blocks share, and
@@ -66,11 +70,17 @@ def shard_parameters(
             backward starts with it.
         keep_dtype: names of parameters that are gathered in their own dtype.
     """
+    whole = weights_kept_whole(model)
     for parameter in model.parameters():
-        if not parameter.is_contiguous():
+        if parameter not in whole and not parameter.is_contiguous():
             # fully_shard flattens weights; those of averaged adapters are views of others.
             parameter.data = parameter.data.contiguous()
-    shared: dict[str, Any] = {"mesh": mesh.hsdp, "offload_policy": options.offload}
+    shared: dict[str, Any] = {
+        "mesh": mesh.hsdp,
+        "offload_policy": options.offload,
+        # Mixed precision would cast them, and what computes with them looks for their class.
+        "ignored_params": whole,
+    }
     if mesh.experts is not None and mesh.expert_hsdp is not None:
         shared["shard_placement_fn"] = _ExpertPlacement(mesh.experts, mesh.expert_hsdp)
     # What a model hands to its own modules is in the dtype it has chosen: angles are in fp32.

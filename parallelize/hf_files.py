@@ -4,6 +4,7 @@ transformers (5) writes weights under the names and in the shapes that a family 
 one tensor for each expert where the model has one for all, for example. The rules are its own.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,25 @@ class WeightFiles(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.file_of)
+
+
+def check_not_quantized(folder: Path, left_over: Sequence[str]) -> None:
+    """Refuse a folder of quantized weights, which are no weights of a model that is not quantized.
+
+    Args:
+        left_over: names of weights that the model has no use for, scales for example.
+    Raises:
+        ValueError: as above.
+    """
+    config = folder / "config.json"
+    fields = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+    method = fields.get("quantization_config", {}).get("quant_method")
+    if method:
+        raise ValueError(
+            f"Weights are read as numbers that need no scale, got {folder} with quantized ones "
+            f"({method}: {left_over[0]}, ..): dequantize them first; to train adapters over them, "
+            f"call from_pretrained on every rank, then parallelize_hf."
+        )
 
 
 @dataclass

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dtcp.parallelize.hf_files import WeightFiles, WeightGroup, weight_groups
+from dtcp.huggingface.quantized import check_no_quantized
+from dtcp.parallelize.hf_files import (
+    WeightFiles,
+    WeightGroup,
+    check_not_quantized,
+    weight_groups,
+)
 from dtcp.parallelize.tied_parameters import find_tied_parameters, restore_tied_parameters
 from dtcp.sequence.arguments import check_kind, check_tensor
 
@@ -91,8 +97,15 @@ def _read_names(
 ) -> tuple[Mapping[str, Tensor], list[WeightGroup]]:
     """The weights, and which of them make which parameter."""
     check_kind("load_hf", (Mapping, str, Path), weights=weights)
+    check_no_quantized(
+        "load_hf fills weights that are numbers",
+        model,
+        "call from_pretrained with the quantization_config on every rank, then parallelize_hf",
+    )
     files = weights if isinstance(weights, Mapping) else WeightFiles(Path(weights))
     groups, left_over = weight_groups(model, files)
+    if left_over and not isinstance(weights, Mapping):
+        check_not_quantized(Path(weights), left_over)
     _check_names(model, [], left_over)
     return files, groups
 

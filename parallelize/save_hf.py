@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from dtcp.checkpoint.huggingface import INDEX
 from dtcp.distributed.groups import rank_of_process
+from dtcp.huggingface.quantized import check_no_quantized
 from dtcp.parallelize.hf_files import saved_groups
 from dtcp.parallelize.plans.adapters import adapted_model
 from dtcp.parallelize.tensor_parallel.huggingface_experts import join_gate_and_up
@@ -51,6 +52,12 @@ def save_hf(
     check_kind("save_hf", (str, Path), folder=folder)
     check_kind("save_hf", (torch.dtype, type(None)), dtype=dtype)
     check_ints("save_hf", least=1, shard_bytes=shard_bytes)
+    if adapted_model(model) is model:
+        check_no_quantized(
+            "save_hf writes weights that are numbers",
+            model,
+            "save its adapters (of a PeftModel), for the rest is as it was loaded",
+        )
     writer = _Writer(Path(folder), shard_bytes) if rank_of_process() == 0 else None
     try:
         if writer is not None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dtcp.huggingface.picking_attention import INDEXER, OWN_INDEXER
+from dtcp.huggingface.quantized import is_quantized_layer
 from dtcp.huggingface.registry import MIXER, PROJECTION
 from dtcp.softmax.mixer import LatentAttention, SoftmaxAttention
 from dtcp.sparse_latent import LightningIndexer
@@ -19,10 +20,11 @@ from dtcp.sparse_latent import LightningIndexer
 def hands_on_latents(attention: nn.Module) -> bool:
     """Whether the module's keys and values are made as LatentAttention makes them.
 
-    Not where its projection has been replaced, by one with adapters say.
+    Not where its projection has been replaced, by one with adapters say, or is quantized.
     """
     projection: Any = getattr(attention, PROJECTION, None)
     plain = type(projection) is nn.Linear and getattr(projection, "bias", None) is None
+    plain = plain and not is_quantized_layer(projection)
     return plain and makes_keys_of_latents(attention)
 
 

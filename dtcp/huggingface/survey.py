@@ -22,6 +22,7 @@ from dtcp.huggingface.mixing_probe import calls, probe_length
 from dtcp.huggingface.own_attention import implementations, own_attentions, use_own, use_registry
 from dtcp.huggingface.pooled_head import PooledHead
 from dtcp.huggingface.positions import Positions
+from dtcp.huggingface.quantized import quantized_layers, run_in_training_mode
 from dtcp.huggingface.recorder import Recorder, SurveyedAttention, survey_mask
 from dtcp.huggingface.recurrent_layers import SurveyedMixer, noting_kernels
 from dtcp.huggingface.rotary_lengths import keeping_frequencies
@@ -150,6 +151,7 @@ def _survey_mode(model: Any, recorder: Recorder) -> Iterator[None]:
             noting_bias_tables(model),
             unlimited_capacity(model),
             keeping_frequencies(model),
+            run_in_training_mode(quantized_layers(model).values()),
         ):
             yield
     finally:

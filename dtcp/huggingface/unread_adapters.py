@@ -1,4 +1,5 @@
-"""Adapters of peft that have no effect: their layer is not called, only its weight is read."""
+"""Layers that are not called, only their weights are read: adapters have no effect on these, and
+what is quantized is no weight of numbers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from dtcp.huggingface.expert_capacity import ROUTERS
+from dtcp.huggingface.picking_attention import OWN_INDEXER
+from dtcp.huggingface.quantized import quantized_layers
 from dtcp.huggingface.recurrent_forwards import READ_BY_WEIGHT, WRITTEN_AGAIN
+from dtcp.huggingface.registry import PROJECTION
 
 
 @contextmanager
@@ -19,7 +24,9 @@ def noting_unread_adapters(model: nn.Module, refused: list[str]) -> Iterator[Non
     Args:
         refused: gets a sentence for each.
     """
-    layers = [name for name, module in model.named_modules() if _is_adapted(module)]
+    quantized = quantized_layers(model)
+    adapted = [name for name, module in model.named_modules() if _is_adapted(module)]
+    layers = [*adapted, *quantized]
     called: set[str] = set()
 
     def note(name: str) -> Any:
@@ -42,9 +49,24 @@ def noting_unread_adapters(model: nn.Module, refused: list[str]) -> Iterator[Non
         f"{name} (an adapter): {type(model.get_submodule(_parent(name))).__name__} reads the "
         f"weight of this layer and does not call it, so the adapter would have no effect: "
         f"leave it out of target_modules."
-        for name in layers
+        for name in adapted
         if is_unread(name)
     ]
+    refused += [
+        f"{name} (quantized): this layer is not called where its module runs, which may read its "
+        f"weight: leave it as it is (llm_int8_skip_modules, modules_to_not_convert)."
+        for name in quantized
+        if is_unread(name) or is_read_here(model, name)
+    ]
+
+
+def is_read_here(model: nn.Module, name: str) -> bool:
+    """Whether the weight of a layer is read by code of ours that takes a module's place: of a
+    router with a capacity, or of attention to tokens that an indexer picks."""
+    *parts, layer = name.removesuffix(".base_layer").split(".")
+    around = model.get_submodule(".".join(parts))
+    picks = layer == PROJECTION and hasattr(around, OWN_INDEXER)
+    return picks or OWN_INDEXER in parts or type(around).__name__ in ROUTERS
 
 
 def _is_adapted(module: nn.Module) -> bool:

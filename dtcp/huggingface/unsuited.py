@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from dtcp.huggingface.quantized import quantized_problems
 from dtcp.huggingface.rotary_lengths import unread_lengths
 from dtcp.huggingface.version import too_old
 from dtcp.mixer_plan import dropout_of
@@ -17,18 +18,14 @@ def unsuited(model: Any) -> Iterator[str]:
             f"{name} is on the meta device, where nothing can be run: install_mixers and "
             f"parallelize_hf survey a narrow copy of it."
         )
-    quantized = getattr(model, "quantization_method", None)
-    if quantized:
-        yield (
-            f"{name} has weights that are quantized ({getattr(quantized, 'value', quantized)}), "
-            f"which have no shards here: load it without quantization_config."
-        )
     devices = sorted({f"{each}" for each in (getattr(model, "hf_device_map", None) or {}).values()})
     if len(devices) > 1:
         yield (
             f"{name} lies on several devices ({', '.join(devices)}), and each rank has its own: "
             f"load it without device_map."
         )
+    else:
+        yield from quantized_problems(model)
     for part, module in model.named_modules():
         rate = dropout_of(module)
         if rate:

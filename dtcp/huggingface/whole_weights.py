@@ -30,6 +30,25 @@ def refuse_whole_weights(model: nn.Module) -> None:
             setattr(model, name, MethodType(_refusing(name, remedy), model))
 
 
+def refuse_merging(model: Any) -> None:
+    """Let a PeftModel refuse from now on to add its adapters, of which ranks have shards, to
+    quantized weights, which they have whole."""
+
+    def refuse(name: str) -> Callable[..., Any]:
+        def method(self: Any, *_: Any, **__: Any) -> Any:
+            raise ValueError(
+                f"Shards of adapters are not added to quantized weights, got {name} of a "
+                f"{type(self).__name__} on a mesh: save the adapters by save_hf, and merge them "
+                f"on one device."
+            )
+
+        return method
+
+    for name in ("merge_and_unload", "merge_adapter"):
+        if hasattr(type(model.base_model), name):
+            setattr(model.base_model, name, MethodType(refuse(name), model.base_model))
+
+
 def _refusing(name: str, remedy: str) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         # peft's method takes it as one of its **kwargs, by name alone.

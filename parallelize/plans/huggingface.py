@@ -23,8 +23,15 @@ from dtcp.huggingface.install import check_has_no_mixers
 from dtcp.huggingface.last_token import LastTokenCP
 from dtcp.huggingface.latents import exchange_latents, hands_on_latents
 from dtcp.huggingface.picking_attention import INDEXER
+from dtcp.huggingface.quantized import (
+    keep_unpacked,
+    quantized_layers,
+    tensors_held,
+    weights_kept_whole,
+    whole_in_words,
+)
 from dtcp.huggingface.registry import MIXER, PROJECTION
-from dtcp.huggingface.whole_weights import refuse_whole_weights
+from dtcp.huggingface.whole_weights import refuse_merging, refuse_whole_weights
 from dtcp.huggingface.zero_experts import compute_without_loop
 from dtcp.mixer import Mixer
 from dtcp.mixer_plan import find
@@ -114,8 +121,10 @@ def parallelize_hf(
     check_has_no_mixers(model)
     check_experts_without_adapters(model)
     _check_whole_weights(model)
+    _check_device_of_quantized(model, mesh)
     _check_same_weights(model, mesh)
     survey = install_mixers(model)
+    _keep_quantized_whole(outer, model)
     _make_experts_compilable(model, compile)
     separate_gate_and_up(model)
     attention = attention or default_attention(device_type_of(mesh.cp))
@@ -254,13 +263,47 @@ def _check_whole_weights(model: nn.Module) -> None:
         )
 
 
+def _check_device_of_quantized(model: nn.Module, mesh: ParallelMesh) -> None:
+    """Refuse quantized weights that are elsewhere than their rank computes: nothing moves them."""
+    own = torch.device(mesh.device_mesh.device_type)
+    if own.type != "cpu":
+        own = torch.device(own.type, torch.get_device_module(own).current_device())
+    for name, layer in quantized_layers(model).items():
+        for x in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
+            if x.device != own:
+                raise ValueError(
+                    f"Quantized weights stay where they were loaded, got {name} on {x.device} for "
+                    f"a rank that computes on {own}: call from_pretrained on every rank, with "
+                    f"device_map={{'': '{own}'}}."
+                )
+
+
+def _keep_quantized_whole(outer: Any, model: nn.Module) -> None:
+    """Say once what each rank has whole; and leave it as it is.
+
+    Args:
+        outer: the PeftModel around the model, or itself.
+    """
+    words = whole_in_words(model)
+    if not words:
+        return
+    log.warning("%s", words)
+    keep_unpacked(model)
+    if outer is not model:
+        refuse_merging(outer)
+
+
 def _check_same_weights(model: nn.Module, mesh: ParallelMesh) -> None:
     """Refuse a model whose weights differ between ranks: their shards would not fit together."""
     if mesh.degrees.world == 1 or next(model.parameters()).is_meta:
         return
-    sums = [p.detach().sum(dtype=torch.float64) for p in model.parameters()]
+    quantized = quantized_layers(model)
+    whole = weights_kept_whole(model)
+    sums = [p.detach().sum(dtype=torch.float64) for p in model.parameters() if p not in whole]
+    held = [x for layer in quantized.values() for x in tensors_held(layer) if x.numel()]
+    sums += [x.contiguous().view(-1).view(torch.uint8).sum(dtype=torch.float64) for x in held]
     sums.append(sums[0].new_tensor(len(sums)))
-    local = torch.stack(sums).to(mesh.device_mesh.device_type)
+    local = torch.stack([x.to(mesh.device_mesh.device_type) for x in sums])
     # The largest of x and of -x over all ranks: the same number where all have the same x.
     largest = torch.stack((local, -local)).nan_to_num()
     for group in mesh.device_mesh.get_all_groups():

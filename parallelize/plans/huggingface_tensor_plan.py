@@ -16,6 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from dtcp.distributed.dtensor_rules import HEADS
 from dtcp.huggingface.config_fields import values_in_layers
+from dtcp.huggingface.quantized import quantized_layers
 from dtcp.huggingface.recurrent_layers import kernel_names, recurrent_layers
 from dtcp.mixer_plan import matches
 from dtcp.parallelize.plans.adapters import BASE, adapted, adapter_style
@@ -79,10 +80,13 @@ def hf_tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
     roles = {name: _role(name, tp_plan) or _own_role(module) for name, module in modules.items()}
     latent_roles, containers = latent_heads(modules, tp)
     heads = recurrent_heads(model, modules, tp)
+    heads = {name: style for name, style in heads.items() if units[name] not in parts.quantized}
     roles |= latent_roles
     _, missing = _styles(model, parts, roles, heads, tp)
     beside = beside_experts(modules, roles, EXPERTS)
-    tried = units_by_trial(model, modules, owners, missing, beside, tp)
+    to_try = [unit for unit in missing if unit not in parts.quantized]
+    tried = units_by_trial(model, modules, owners, to_try, beside, tp)
+    tried = {name: style for name, style in tried.items() if units[name] not in parts.quantized}
     heads |= tried
     roles |= dict.fromkeys((name for name in owners if adapted(name)[0] in tried), "")
     plan, missing = _styles(model, parts, roles, heads, tp)
@@ -110,17 +114,21 @@ class _Parts:
     Args:
         owners: names of the modules that have parameters of their own.
         units: of each module, the part of a block that is split as one.
+        quantized: units with a layer whose weight is quantized, with its name: they stay whole.
     """
 
     modules: dict[str, nn.Module]
     owners: list[str]
     units: dict[str, str]
+    quantized: dict[str, str]
 
     @classmethod
     def of(cls, model: nn.Module) -> "_Parts":
         modules = dict(model.named_modules())
         owners = [name for name, module in modules.items() if has_parameters(module)]
-        return cls(modules, owners, {name: _unit(name, modules) for name in modules})
+        units = {name: _unit(name, modules) for name in modules}
+        quantized = {units[name]: name for name in reversed(quantized_layers(model))}
+        return cls(modules, owners, units, quantized)
 
 
 def _styles(
@@ -136,8 +144,11 @@ def _styles(
     moes = tuple(f"{name.rpartition('.')[0]}." for name in experts)
     split_units = {units[name] for name in owners if roles[adapted(name)[0]] == COLWISE}
     plan: dict[str, ParallelStyle] = {}
-    missing: dict[str, str] = {}
+    missing = dict(parts.quantized)
     for name in owners:
+        if units[name] in parts.quantized:
+            plan[name] = LocalParams()
+            continue
         target, part = adapted(name)
         beside = f"{name}.".startswith(moes) and not name.startswith(experts)
         split = heads.get(target) or _style(

@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from dtcp._torch.modules import parameters_replaced
 from dtcp.forward import wrap_forward
+from dtcp.huggingface.quantized import is_quantized_layer
 from dtcp.parallelize.tensor_parallel.distribute import distribute_parameter
 
 
@@ -35,6 +36,8 @@ class LocalParams(ParallelStyle):
     partial: bool = field(default=False, kw_only=True)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if is_quantized_layer(module):
+            return module  # Whole and frozen: it runs as it is.
         for name, _ in list(module.named_parameters(recurse=False)):
             distribute_parameter(module, name, device_mesh, self.placement)
         if self.partial:

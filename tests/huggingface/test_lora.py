@@ -267,7 +267,7 @@ def test_lora_on_the_head_is_split_as_the_head_is():
 @pytest.mark.parametrize(
     ("attribute", "value", "match"),
     [
-        ("quantization_method", "bitsandbytes", r"quantized \(bitsandbytes\), .* without quant"),
+        ("quantization_method", "bitsandbytes", r"\(bitsandbytes\) in no linear .* without quant"),
         ("hf_device_map", {"model": 0, "lm_head": "cpu"}, r"several devices \(0, cpu\)"),
     ],
 )

@@ -87,6 +87,12 @@ def test_trainer_of_an_example_trains_saves_and_resumes_as_one_process(
 
 
 @pytest.mark.slow
+def test_trainer_of_adapters_over_quantized_weights_trains_as_one_process(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    run_example("hf_qlora", tmp_path, {4: ["windows"], 2: ["hybrid"]})
+
+
+@pytest.mark.slow
 def test_trainer_of_ones_own_trains_saves_and_resumes_as_one_process():
     ended = run_forked("examples/own_loop.py", ranks=4)
     assert ended.code == 0, ended.errors[-3000:]
