@@ -111,7 +111,7 @@ class FolderLock:
     def _take(self, folder: Path) -> None:
         locked = _flock(self._file)
         before = _read(self._file)
-        if locked is False or (before is not None and _lives(self._file, before, bool(locked))):
+        if locked is False or (before is not None and _lives(self.path, before, bool(locked))):
             raise _held(folder, before)
         self.taken_over = None if before is None else str(before)
         self._write()
@@ -127,6 +127,8 @@ class FolderLock:
         # Shorter than a block, in one call: a reader sees one state or the other.
         text = json.dumps(asdict(self.me)).encode().ljust(512)
         os.pwrite(self._file, text, 0)
+        # A network file system would keep it on this host for half a minute.
+        os.fsync(self._file)
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT):
@@ -158,6 +160,15 @@ def refuse_held(folder: Path) -> None:
         os.close(file)
 
 
+def holder_of(folder: Path) -> str:
+    """What names the run that holds a folder, among all that ever were; empty where none does."""
+    try:
+        holder = _look(folder / NAME)
+    except OSError:
+        return ""
+    return "" if holder is None else holder.token
+
+
 def _open(path: Path) -> int:
     for _ in range(LOOKS * LOOKS):
         # A rank that looks whether it could write here removes what it had to make.
@@ -180,12 +191,12 @@ def _flock(file: int) -> bool | None:
     return False
 
 
-def _lives(file: int, holder: Holder, locked: bool) -> bool:
-    """Whether a holder is still there, beside whose file this process stands."""
+def _lives(path: Path, holder: Holder, locked: bool) -> bool:
+    """Whether the holder that a lock's file names is still there."""
     if holder.of_this_host() and (locked or not holder.has_process()):
         return False
     # Locks may be missing, or not reach from host to host, and a number of a process comes again.
-    return _counts(file, holder)
+    return _counts(path, holder)
 
 
 def _boot() -> str:
@@ -194,7 +205,7 @@ def _boot() -> str:
     return path.read_text().strip() if path.is_file() else ""
 
 
-def _counts(file: int, holder: Holder) -> bool:
+def _counts(path: Path, holder: Holder) -> bool:
     """Whether the holder still counts; waits until it has, or was silent for too long.
 
     By the number of looks: where this process stands still for a while, so may the holder.
@@ -202,7 +213,10 @@ def _counts(file: int, holder: Holder) -> bool:
     pause = BEAT / 4
     for _ in range(round(SILENCE / pause)):
         time.sleep(pause)
-        now = _read(file)
+        try:
+            now = _look(path)
+        except OSError:
+            continue  # a server that does not answer says nothing of the holder
         if now is None:
             return False
         if (now.token, now.beats) != (holder.token, holder.beats):
@@ -219,6 +233,15 @@ def _read(file: int) -> Holder | None:
         return None
     names = {each.name for each in fields(Holder)}
     return Holder(**value) if isinstance(value, dict) and value.keys() == names else None
+
+
+def _look(path: Path) -> Holder | None:
+    """The same by the file's path: a network file system asks its server when a file is opened."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return _read(file)
+    finally:
+        os.close(file)
 
 
 def _held(folder: Path, holder: Holder | None) -> ValueError:
