@@ -46,6 +46,7 @@ from dtcp.pretrain.hf_weights import read_hf_weights, refuse_not_finite_weights
 from dtcp.pretrain.hyperparameters import Hyperparameters
 from dtcp.pretrain.manifest import Holds, Manifest, record_files
 from dtcp.pretrain.progress import say
+from dtcp.pretrain.same_start import refuse_other_weights
 from dtcp.pretrain.saved_folders import SavedFolders
 
 
@@ -103,6 +104,8 @@ class Checkpoints(CheckpointManager):
     def _start(self) -> bool:
         """Start from the weights or the state that the settings name, if they name any."""
         path = Path(self.initial_load_path) if self.initial_load_path else None
+        if path is not None:
+            refuse_other_weights(path)
         manifest = None if path is None else verified(path, checksums=self.checksums)
         loaded = self._restore(-1)
         self._forget_step_of_nothing()

@@ -1,22 +1,37 @@
-"""Whether all ranks were started alike: by one config, on the same data.
+"""Whether all ranks were started alike: by one config and one code, on the same data and folder.
 
 Ranks of other hosts read other command lines, files and copies of the data. A learning rate or a
 seed of its own gives a run that nobody asked for, and its loss looks well; a number of steps or an
 interval of its own leaves the others waiting.
 """
 
+import contextlib
+import hashlib
+import socket
+import sys
+import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import distributed as dist
 
 from dtcp.pretrain.checkpoint_choice import agree
 from dtcp.pretrain.config_record import config_changes, settings_of_ranks
-from dtcp.pretrain.fingerprint import changes
+from dtcp.pretrain.fingerprint import changes, fingerprints_of
+from dtcp.pretrain.folder_lock import NAME as LOCK
+from dtcp.pretrain.folder_lock import holder_of
 
 T = TypeVar("T", bound=Mapping[str, Any])
 NAMED = 3
 """Ranks, and differences of each, that an error names."""
+LOOKS, PAUSE = 20, 0.5
+"""At a folder, and seconds between two: a network may show late what another host has written."""
+COMPUTES = ("torch", "torchtitan", "transformers")
+"""Packages whose code ranks run together, where they are imported."""
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.distcp", ".metadata", "manifest.json")
+"""Files that weights are read from."""
 
 
 def refuse_other_settings(config: Any) -> None:
@@ -41,6 +56,65 @@ def refuse_other_data(fingerprint: dict[str, Any]) -> None:
         ValueError: naming rank and what differs.
     """
     _refuse("data", _placeless(fingerprint), changes, "bring the same data to every host")
+
+
+def refuse_other_code() -> None:
+    """Refuse, on all ranks, that one of them runs other code than rank 0: a checkout left behind.
+
+    Raises:
+        ValueError: naming rank and package.
+    """
+    _refuse("code", _code(), config_changes, "install the same versions on every host")
+
+
+def _code() -> dict[str, str]:
+    found = {}
+    for name in COMPUTES:
+        with contextlib.suppress(PackageNotFoundError):
+            found |= {name: version(name)} if name in sys.modules else {}
+    content, root = hashlib.sha256(), Path(__file__).parents[1]
+    for file in sorted(root.rglob("*.py")):
+        content.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    # Of its files: a checkout has one version for many states.
+    return found | {"dtcp": f"of sha256 {content.hexdigest()[:12]}"}
+
+
+def refuse_other_weights(folder: Path) -> None:
+    """Refuse, on all ranks, that one of them would start from other weights than rank 0.
+
+    Raises:
+        ValueError: naming rank and file.
+    """
+    files = sorted({file for pattern in WEIGHTS for file in folder.glob(pattern)})
+    marks = {"files": fingerprints_of(files, folder)}
+    _refuse("weights to start from", marks, changes, f"bring the same {folder} to every host")
+
+
+def refuse_other_folder(folder: Path) -> None:
+    """Refuse, on all ranks, that one of them would save into another folder than rank 0's.
+
+    Rank 0 holds the folder, by a file that the others are to see. At the first save it would be
+    too late; and who finds checkpoints in a folder of its own would go on from other ones.
+
+    Raises:
+        ValueError: naming rank and host.
+    """
+    token = agree(lambda: holder_of(folder))
+    looks = 0
+    while token and holder_of(folder) != token and looks < LOOKS:
+        looks += 1
+        time.sleep(PAUSE)
+    is_other = bool(token) and holder_of(folder) != token
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, (socket.gethostname(), is_other))
+    others = [f"rank {rank} on {host}" for rank, (host, other) in enumerate(of_ranks) if other]
+    if others:
+        more = f" and {len(others) - NAMED} ranks more" if len(others) > NAMED else ""
+        raise ValueError(
+            f"All ranks save into one folder, got --dump_folder {folder}, in which "
+            f"{', '.join(others[:NAMED])}{more} cannot see {LOCK} of rank 0 on {of_ranks[0][0]}: "
+            f"name a folder that all hosts share, or save nothing (--checkpoint.no-enable)."
+        )
 
 
 def _placeless(fingerprint: dict[str, Any]) -> dict[str, Any]:

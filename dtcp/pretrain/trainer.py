@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from signal import Signals
 from typing import Any
 
@@ -42,7 +43,12 @@ from dtcp.pretrain.folder_lock import FolderLock
 from dtcp.pretrain.launch import ranks_of_machine
 from dtcp.pretrain.output_folder import check_output
 from dtcp.pretrain.progress import describe_run, say
-from dtcp.pretrain.same_start import refuse_other_data, refuse_other_settings
+from dtcp.pretrain.same_start import (
+    refuse_other_code,
+    refuse_other_data,
+    refuse_other_folder,
+    refuse_other_settings,
+)
 from dtcp.pretrain.settings import check_counts, check_optimizer, check_profiler
 from dtcp.pretrain.sources import TextFiles
 from dtcp.pretrain.start_weights import check_start
@@ -123,7 +129,11 @@ class Trainer(titan.Trainer):
     def init_distributed(self) -> ParallelDims:
         dims: ParallelDims = super().init_distributed()
         if not is_dry(self.config):
-            refuse_other_settings(self.config)  # before meshes and models, which may need others
+            # Before meshes and models, which may need others.
+            refuse_other_code()
+            refuse_other_settings(self.config)
+            if _saves(self.config):
+                refuse_other_folder(Path(self.config.dump_folder))
         return dims
 
     def train(self) -> None:
@@ -261,6 +271,15 @@ class Trainer(titan.Trainer):
                 f"{self.config.dataloader.dataset} and some that do not: copy the same files to "
                 f"every machine, or set --validator.no-enable."
             )
+        loader = getattr(self.config.validator, "dataloader", None)
+        if enabled and isinstance(loader, PackedDocuments.Config) and not is_dry(self.config):
+            refuse_other_data(open_source(loader).fingerprint())
+
+
+def _saves(config: Trainer.Config) -> bool:
+    """Whether all ranks write checkpoints."""
+    checkpoint = config.checkpoint
+    return checkpoint.enable and not checkpoint.load_only and not config.dtcp.verify
 
 
 def share_router_losses(model: nn.Module, parts: int) -> None:

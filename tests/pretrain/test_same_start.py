@@ -1,19 +1,28 @@
-"""Ranks that were started with other settings, or on other data, are refused on all of them."""
+"""Ranks started with other settings, code, data or folders are refused on all of them."""
 
 import os
+from pathlib import Path
+from unittest import mock
 
 from dtcp.torchtitan import compat as compat
 
 import pytest
 from torch import distributed as dist
 
-from dtcp.pretrain import configs
+from dtcp.pretrain import configs, same_start
 from dtcp.pretrain.config_record import config_changes, config_record
 from dtcp.pretrain.data import PackedDocuments
-from dtcp.pretrain.same_start import refuse_other_data, refuse_other_settings
+from dtcp.pretrain.folder_lock import FolderLock
+from dtcp.pretrain.same_start import (
+    refuse_other_code,
+    refuse_other_data,
+    refuse_other_folder,
+    refuse_other_settings,
+    refuse_other_weights,
+)
 from dtcp.pretrain.trainer import Trainer
 from tests.harness.run_script import ROOT
-from tests.harness.spmd import spmd
+from tests.harness.spmd import run_ranks, spmd
 from tests.harness.train_run import train
 
 OTHER = {
@@ -59,6 +68,52 @@ def test_never_silent_ranks_with_other_data(mesh):
     refuse_other_data({"files": {}, "seed": 0})
 
 
+@spmd(ranks=2)
+def test_never_silent_a_rank_that_runs_other_code(mesh):
+    refuse_other_code()
+    own = {"torch": f"2.{dist.get_rank()}", "dtcp": "of sha256 0"}
+    said = r"same code, got .* on rank 1: torch 2.0 -> 2.1: install"
+    with (
+        mock.patch.object(same_start, "_code", return_value=own),
+        pytest.raises(ValueError, match=said),
+    ):
+        refuse_other_code()
+
+
+def start_from(mesh, folder: str) -> None:
+    own = Path(folder, str(dist.get_rank()))
+    own.mkdir()
+    (own / "model.safetensors").write_bytes(b"7" * 9000)
+    (own / "notes.txt").write_text(own.name)
+    refuse_other_weights(own)
+    (own / "model.safetensors").write_bytes(own.name.encode() * 9000)
+    with pytest.raises(ValueError, match=r"on rank 1: changed: model.safetensors: bring the same"):
+        refuse_other_weights(own)
+
+
+def test_never_silent_hosts_whose_weights_to_start_from_are_others(tmp_path):
+    run_ranks(start_from, 2, str(tmp_path))
+
+
+def save_into(mesh, folder: str) -> None:
+    rank = dist.get_rank()
+    lock = None if rank else FolderLock(Path(folder))
+    dist.barrier()
+    refuse_other_folder(Path(folder))
+    own = Path(folder, "elsewhere") if rank else Path(folder)
+    with (
+        mock.patch.object(same_start, "PAUSE", 0.0),
+        pytest.raises(ValueError, match=r"in which rank 1 on \S+ cannot see run.lock"),
+    ):
+        refuse_other_folder(own)
+    if lock is not None:
+        lock.release()
+
+
+def test_never_silent_hosts_that_would_save_into_folders_of_their_own(tmp_path):
+    run_ranks(save_into, 2, str(tmp_path))
+
+
 def copies() -> Trainer.Config:
     """A row for each of two ranks, which find other documents where both look for the same."""
     config = configs.llama_tiny_fsdp4()
@@ -72,6 +127,23 @@ def test_never_silent_ranks_of_dp_that_read_other_data(tmp_path):
     """Ranks that share rows compare them; these share none."""
     arguments = ("--dump_folder", str(tmp_path), "--parallelism.data_parallel_shard_degree", "2")
     code, output = train(*arguments, module="tests.pretrain.test_same_start", config="copies")
+    assert code and "have the same data, got others than rank 0's on rank 1: added: " in output
+
+
+def validated_on_copies() -> Trainer.Config:
+    """Two ranks that train on the same data, and look for the same where each validates."""
+    config = configs.llama_tiny_fsdp4()
+    name = ("docs", "models")[int(os.environ["RANK"])]
+    config.validator.dataloader = PackedDocuments.Config(
+        dataset="folder", dataset_path=str(ROOT / name), part="all"
+    )
+    return config
+
+
+def test_never_silent_ranks_that_validate_on_other_data(tmp_path):
+    arguments = ("--dump_folder", str(tmp_path), "--parallelism.data_parallel_shard_degree", "2")
+    start = {"module": "tests.pretrain.test_same_start", "config": "validated_on_copies"}
+    code, output = train(*arguments, **start)
     assert code and "have the same data, got others than rank 0's on rank 1: added: " in output
 
 
