@@ -5,12 +5,15 @@ attempt: torch (2.13) keeps the addresses of dead ranks in it, and a second star
 So rank 0 opens a store for the attempt, and torch's own rendezvous is sent there.
 """
 
+import contextlib
+import ipaddress
 import json
 import os
 import socket
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -24,6 +27,12 @@ AGENT_STORE, ATTEMPT = "DTCP_AGENT_STORE", "DTCP_ATTEMPT"
 
 BEAT = 2.0
 """Seconds between two signs of life of a rank."""
+
+QUIET = 30.0
+"""Seconds that rank 0 waits for others before it says so."""
+
+REACH = 60.0
+"""Seconds that a rank tries to reach the launcher's store, which is there before any rank."""
 
 GONE = (DistNetworkError, DistStoreError)
 """What a store raises that cannot be reached."""
@@ -70,8 +79,23 @@ def attempt_name() -> str:
     return os.environ.get(ATTEMPT) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
+def tell_others(text: str) -> None:
+    """Of a rank that ends before it has met the others: they are not to wait for it.
+
+    Its launcher knows, but the launchers of other hosts do not.
+    """
+    if has_agent_store():
+        with contextlib.suppress(*GONE):
+            me = (int(os.environ["RANK"]), socket.gethostname(), text)
+            attempt_store().set("ended", json.dumps(me))
+
+
 class AbsentRanks(ValueError):
     """Ranks did not come; another time they may."""
+
+
+class RefusedTogether(ValueError):
+    """Ranks have met, and all of them heard why they cannot go on."""
 
 
 class Attempt:
@@ -83,8 +107,8 @@ class Attempt:
         seconds: to wait for all of them.
         refusal: why rank 0 cannot go on; every rank then raises it.
     Raises:
-        ValueError: rank 0's refusal.
-        AbsentRanks: those that did not come, named.
+        RefusedTogether: rank 0's refusal, or hosts that cannot hear each other.
+        AbsentRanks: those that did not come, named; or one that ended early, in its words.
     """
 
     def __init__(self, *, seconds: float, refusal: str = "") -> None:
@@ -130,24 +154,26 @@ class Attempt:
 
     def _meet(self, seconds: float, refusal: str) -> None:
         host, port = agent_address()
-        agent = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=seconds))
+        agent = _reach(host, port, min(seconds, REACH))
         store = PrefixStore("dtcp/meeting", agent)
-        me = json.dumps([uuid.uuid4().hex, socket.gethostname(), os.getpid()])
+        self._early = PrefixStore(f"dtcp/{attempt_name()}", agent)
+        me = json.dumps([uuid.uuid4().hex, socket.gethostname(), os.getpid(), gloo_address()])
         store.set(f"hello/{self.rank}", me)
-        deadline = time.monotonic() + seconds
         if self.rank == 0:
-            room = self._host(store, host, refusal, deadline)
+            room = self._host(store, host, refusal, seconds)
         else:
-            room = self._join(store, me, deadline)
+            room = self._join(store, me, time.monotonic() + seconds)
         if room["absent"]:
             raise _absent(room["absent"])
         if room["refusal"]:
-            raise ValueError(room["refusal"])
-        self.peers = tuple(Peer(i, *json.loads(x)[1:]) for i, x in enumerate(room["hellos"]))
+            raise RefusedTogether(room["refusal"])
+        hellos = [json.loads(each)[1:] for each in room["hellos"]]
+        refuse_loopback({name: address for name, _, address in hellos})
+        self.peers = tuple(Peer(i, name, pid) for i, (name, pid, _) in enumerate(hellos))
         os.environ[AGENT_STORE], os.environ[ATTEMPT] = f"{host}:{port}", room["name"]
         os.environ["MASTER_PORT"] = str(room["port"])
 
-    def _host(self, store: Store, host: str, refusal: str, deadline: float) -> dict[str, Any]:
+    def _host(self, store: Store, host: str, refusal: str, seconds: float) -> dict[str, Any]:
         """Open a store for the ranks that say hello, until each has read its own hello there."""
         self._store = loopback_store() if _is_loopback(host) else _open_store(host)
         room = {
@@ -159,19 +185,26 @@ class Attempt:
             "complete": False,
         }
         acks = [f"ack/{room['name']}/{rank}" for rank in range(1, self.size)]
-        pause = 0.01
+        pause, start = 0.01, time.monotonic()
+        deadline, notice = start + seconds, start + QUIET
         while True:
+            self._refuse_ended()
             said = [_said(store, rank) for rank in range(self.size)]
             if said != room["hellos"]:
                 # The launcher's store may still have had the hello of an earlier attempt.
                 room["hellos"] = said
                 store.set("room", json.dumps(room))
-            late = time.monotonic() > deadline
+            now = time.monotonic()
             if not acks or store.check(acks):
                 room["complete"] = True
-            elif late:
+            elif now > min(deadline, notice):
                 absent = [rank for rank, ack in enumerate(acks, start=1) if not store.check([ack])]
-                room |= {"complete": True, "absent": absent}
+                if now > deadline:
+                    room |= {"complete": True, "absent": absent}
+                else:
+                    notice = deadline
+                    names = _names(absent)
+                    print(f"waiting     for rank {names}, {seconds:g} s at most", flush=True)
             if room["complete"]:
                 store.set("room", json.dumps(room))
                 return room
@@ -183,6 +216,7 @@ class Attempt:
         pause = 0.01
         # Rank 0 knows who is absent, and is given the time to say so.
         while time.monotonic() < deadline + 5:
+            self._refuse_ended()
             if store.check(["room"]):
                 room: dict[str, Any] = json.loads(store.get("room"))
                 if me in room["hellos"]:
@@ -192,6 +226,63 @@ class Attempt:
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
         raise _absent([0])
+
+    def _refuse_ended(self) -> None:
+        """Wait no longer where a rank has ended that was to come; a new start of it may be one."""
+        if not self._early.check(["ended"]):
+            return
+        rank, host, text = json.loads(self._early.get("ended"))
+        if rank == self.rank:
+            self._early.delete_key("ended")
+            return
+        raise AbsentRanks(
+            f"All ranks of a run start together, got rank {rank} on {host} that has ended: {text}"
+        )
+
+
+def _reach(host: str, port: int, seconds: float) -> TCPStore:
+    try:
+        return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=seconds))
+    except GONE as error:
+        raise AbsentRanks(
+            f"Ranks meet at the launcher of rank 0, got MASTER_ADDR:MASTER_PORT={host}:{port}, "
+            f"which {socket.gethostname()} cannot reach: have that name lead to its host here "
+            f"(/etc/hosts), start torchrun with --local-addr ADDRESS, each host with its own, or "
+            f"look at the network."
+        ) from error
+
+
+def gloo_address() -> str:
+    """Where gloo listens on this host, by its own search; empty where a person has said it."""
+    if os.environ.get("GLOO_SOCKET_IFNAME"):
+        return ""
+    with contextlib.suppress(OSError):
+        for family, kind, _, _, address in socket.getaddrinfo(
+            socket.gethostname(), None, type=socket.SOCK_STREAM
+        ):
+            with contextlib.suppress(OSError), socket.socket(family, kind) as trial:
+                trial.bind(address)
+                return str(address[0])
+    return LOOPBACK
+
+
+def refuse_loopback(addresses: Mapping[str, str]) -> None:
+    """Refuse hosts on which gloo would listen to itself: the others would call for half an hour.
+
+    Args:
+        addresses: of every host by its name, as `gloo_address` finds them.
+    Raises:
+        RefusedTogether: naming host and address.
+    """
+    deaf = {n: x for n, x in addresses.items() if x and ipaddress.ip_address(x).is_loopback}
+    if deaf and len(addresses) > 1:
+        name, address = min(deaf.items())
+        more = f" and {len(deaf) - 1} hosts more" if len(deaf) > 1 else ""
+        raise RefusedTogether(
+            f"Hosts of a run reach each other, got {name}{more}, where gloo listens on {address}, "
+            f"for that is where its own name leads: set GLOO_SOCKET_IFNAME to the interface that "
+            f"the others come by (ip -br address), or mend /etc/hosts."
+        )
 
 
 def _said(store: Store, rank: int) -> str:
@@ -209,8 +300,11 @@ def _open_store(host: str) -> TCPStore:
 
 
 def _absent(ranks: list[int]) -> AbsentRanks:
-    names = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
     return AbsentRanks(
-        f"All ranks of a run start together, got none of rank {names} in time: look at its "
+        f"All ranks of a run start together, got none of rank {_names(ranks)} in time: look at its "
         f"machine, or raise --comm.init_timeout_seconds."
     )
+
+
+def _names(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")

@@ -26,10 +26,12 @@ from dtcp.pretrain.attempt import (
     GONE,
     AbsentRanks,
     Attempt,
+    RefusedTogether,
     agent_address,
     attempt_name,
     attempt_store,
     has_agent_store,
+    tell_others,
 )
 from dtcp.pretrain.launch import REFUSED, of_this_launcher
 
@@ -160,6 +162,8 @@ def say_failure(error: BaseException, folder: Path | None, attempt: Attempt | No
     with said_once(text) as is_first:
         if is_first:
             _say_own(error, text, where)
+    if attempt is None and not isinstance(error, AbsentRanks | RefusedTogether):
+        tell_others(text)
 
 
 def _no_meeting(error: BaseException) -> str:
@@ -249,4 +253,5 @@ def usage_errors_once() -> Iterator[None]:
             with said_once(said.getvalue()) as is_first:
                 if is_first:
                     print(said.getvalue(), file=sys.stderr, end="", flush=True)
+            tell_others(said.getvalue().strip())
         raise

@@ -163,6 +163,20 @@ def absent() -> int:
     return 0
 
 
+def ended_early() -> int:
+    """Rank 1 is refused before it meets the others, whose launcher does not hear of it."""
+    try:
+        with FailureReport(folder()):
+            if launcher.rank() == 1:
+                raise ValueError("x is y, got x=1: set it to 2.")
+            attempt.Attempt(seconds=FOREVER)
+    except SystemExit:
+        if launcher.rank() == 1:
+            time.sleep(FOREVER)
+        raise
+    return 0
+
+
 def has_come(rank: int) -> bool:
     """Whether a rank has found itself among those that rank 0 saw."""
     host, port = attempt.agent_address()
@@ -221,6 +235,7 @@ CASES = {
         refused: launcher.RestartPolicy(),
         refused_at_the_start: launcher.RestartPolicy(max_restarts=2),
         absent: launcher.RestartPolicy(),
+        ended_early: launcher.RestartPolicy(),
         alive: launcher.RestartPolicy(),
         stopped_early: launcher.RestartPolicy(),
         slow_to_stop: launcher.RestartPolicy(max_restarts=3, stop_seconds=1),

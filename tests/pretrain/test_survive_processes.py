@@ -12,10 +12,11 @@ import socket
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from dtcp.pretrain import folder_lock
+from dtcp.pretrain import attempt, folder_lock
 from dtcp.pretrain.folder_lock import FolderLock, refuse_held
 from tests.harness.patience import Patience, slowness
 from tests.harness.run_script import run_forked
@@ -28,7 +29,9 @@ Cases = dict[str, tuple[int, list[str]]]
 def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     """What became of each launch of three ranks: its exit code and what was said, in order."""
     folder = tmp_path_factory.mktemp("cases")
-    return run_cases(folder, "listening", "restarted", "refused_at_the_start", "stopped_early")
+    return run_cases(
+        folder, "listening", "restarted", "refused_at_the_start", "stopped_early", "ended_early"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,28 @@ def test_survive_E8_ranks_that_end_before_they_listen_are_not_called_lost(cases)
 def test_survive_E10_a_rank_that_does_not_come_is_named(more_cases):
     code, lines = more_cases["absent"]
     assert code == 1 and "got none of rank 1 in time" in lines[0]
+
+
+def test_survive_E10_a_rank_that_ends_before_it_has_met_the_others_is_not_waited_for(cases):
+    code, lines = cases["ended_early"]
+    error, waited = lines
+    assert code == 1 and error == "error: x is y, got x=1: set it to 2."
+    assert re.match(r"rank [02] then failed too: .* got rank 1 on \S+ that has ended: x is", waited)
+
+
+def test_survive_E10_hosts_where_gloo_would_listen_to_itself_are_refused(monkeypatch):
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr(socket, "gethostname", lambda: "127.0.1.1")
+    assert attempt.gloo_address() == "127.0.1.1"
+    monkeypatch.setattr(socket, "getaddrinfo", mock.Mock(side_effect=socket.gaierror))
+    assert attempt.gloo_address() == attempt.LOOPBACK
+    attempt.refuse_loopback({"a": "127.0.1.1"})  # one host, whose ranks all are there
+    attempt.refuse_loopback({"a": "10.0.0.1", "b": "fe80::1%eth0"})
+    for deaf in ("127.0.1.1", "::1"):
+        with pytest.raises(ValueError, match=f"got b, where gloo listens on {deaf}, .* set GLOO_S"):
+            attempt.refuse_loopback({"a": "10.0.0.1", "b": deaf})
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    assert attempt.gloo_address() == ""
 
 
 @pytest.mark.slow
