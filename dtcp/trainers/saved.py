@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from dtcp.checkpoint import SafeLoadPlanner, SafeReader
+from dtcp.distributed.groups import rank_of_process
 from dtcp.parallelize.load_hf import fill_adapters, fill_hf
 from dtcp.parallelize.plans.adapters import adapted_model
 from dtcp.parallelize.save_hf import save_hf
@@ -49,9 +51,25 @@ def load_weights(model: Any, folder: Path) -> None:
 
 
 def save_optimizer(model: nn.Module, optimizer: Any, folder: Path) -> None:
-    """Write each rank's part of the optimizer's state."""
+    """Write each rank's part of the optimizer's state.
+
+    Raises:
+        ValueError: into folders of several hosts, none of which has all parts. On every rank.
+    """
     state = get_optimizer_state_dict(model, _own(optimizer))
-    dcp.save({OPTIMIZER: state}, checkpoint_id=folder / OPTIMIZER)
+    written = dcp.save({OPTIMIZER: state}, checkpoint_id=folder / OPTIMIZER)
+    missing = [""]
+    if rank_of_process() == 0:
+        files = {each.relative_path for each in (written.storage_data or {}).values()}
+        missing = sorted(x for x in files if not (folder / OPTIMIZER / x).is_file())[:1] or [""]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(missing, src=0)
+    if missing[0]:
+        raise ValueError(
+            f"Ranks save the optimizer's state into one folder, which all hosts share, got "
+            f"{folder / OPTIMIZER} without {missing[0]}, which another host has written elsewhere: "
+            f"give an output_dir on a file system that all hosts mount."
+        )
 
 
 def load_optimizer(model: nn.Module, optimizer: Any, folder: Path) -> None:

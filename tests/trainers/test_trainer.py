@@ -3,12 +3,15 @@
 import json
 import re
 import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import IterableDataset
 from peft import LoraConfig, get_peft_model
+from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
 from trl import BEMACallback, DistillationTrainer, DPOTrainer, RLOOTrainer, SFTConfig, SFTTrainer
@@ -29,9 +32,10 @@ from dtcp.trainers.arguments import (
 )
 from dtcp.trainers.cached_reference import with_reference_log_probs
 from dtcp.trainers.repeated_rows import ignore_repeated
+from dtcp.trainers.saved import save_optimizer
 from tests.harness.hf_models import build
 from tests.harness.run_script import run_forked
-from tests.harness.spmd import spmd
+from tests.harness.spmd import run_ranks, spmd
 
 ONE_RANK = ParallelMesh(Degrees(), None, *[None] * 7)
 KINDS = ("windows and sinks", "windows", "hybrid", "experts")
@@ -306,3 +310,18 @@ def test_trainer_frees_what_an_evaluation_has_left_gathered(mesh):
     assert not isinstance(model.lm_head.weight, DTensor)
     free_gathered(model)
     assert all(isinstance(p, DTensor) for p in model.parameters())
+
+
+def save_in_folders(mesh, folder):
+    model = torch.nn.Linear(4, 4)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    save_optimizer(model, optimizer, Path(folder, "shared"))
+    with pytest.raises(ValueError, match=r"which all hosts share, got .* without __1_0.distcp, "):
+        save_optimizer(model, optimizer, Path(folder, f"of_rank_{dist.get_rank()}"))
+
+
+def test_never_silent_hosts_that_save_parts_of_an_optimizer_in_folders_of_their_own(tmp_path):
+    run_ranks(save_in_folders, 2, str(tmp_path))
