@@ -34,8 +34,14 @@ OF_TORCHRUN = frozenset(
     [
         "nproc-per-node",
         "nnodes",
+        "node-rank",
+        "master-addr",
+        "master-port",
+        "local-addr",
         "rdzv-backend",
         "rdzv-endpoint",
+        "rdzv-id",
+        "rdzv-conf",
         "max-restarts",
         "shutdown-timeout",
     ]
@@ -44,6 +50,7 @@ OF_TORCHRUN = frozenset(
 FOREIGN = frozenset(
     [
         "NCCL_SOCKET_IFNAME",
+        "join_timeout",
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
         "my_module",
         "llama3_8b",
