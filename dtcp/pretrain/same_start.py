@@ -68,7 +68,7 @@ def refuse_other_code() -> None:
 
 
 def _code() -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for name in COMPUTES:
         with contextlib.suppress(PackageNotFoundError):
             found |= {name: version(name)} if name in sys.modules else {}
