@@ -50,6 +50,7 @@ OF_TORCHRUN = frozenset(
 FOREIGN = frozenset(
     [
         "NCCL_SOCKET_IFNAME",
+        "is_host",
         "join_timeout",
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
         "my_module",
