@@ -39,6 +39,11 @@ def unsuited(model: Any) -> Iterator[str]:
                 f"{part} ({type(module).__name__}): layers are left out at random in training "
                 f"(layerdrop={dropped}), others on each rank: set it to 0.0 in the config."
             )
+        if getattr(module, "token_dropout", None) is True:
+            yield (
+                f"{part} ({type(module).__name__}): scales embeddings by how many tokens of a row "
+                f"are masked, and a shard has some of them: set config.token_dropout = False."
+            )
     if getattr(model.config, "router_jitter_noise", 0.0):
         yield (
             f"{name} routes by noise of its own on each rank (router_jitter_noise): set "

@@ -30,6 +30,15 @@ def test_layers_that_share_keys_equal_one_device(mesh):
     assert max(result.errors.values()) < 1e-5
 
 
+def test_embeddings_that_go_by_the_masked_tokens_of_a_row_are_refused():
+    """As published ESM-2 has them; the default config has not."""
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    change = {**quiet, "token_dropout": True, "mask_token_id": 32}
+    (sentence,) = survey(seeded(CheckedHuggingFaceModel("esm", change))).refused
+    assert "embeddings (EsmEmbeddings): scales" in sentence
+    assert sentence.endswith("set config.token_dropout = False.")
+
+
 @spmd(ranks=1)
 def test_types_of_tokens_are_refused_where_masks_go_by_them(mesh):
     """HRM's prefixes see both sides; with types that are all alike there are none."""
