@@ -69,7 +69,8 @@ class CheckedHuggingFaceModel:
                 f"{type(model).__name__} from {self.config}: check models of other kinds by "
                 f"--model."
             )
-        if getattr(model.config, "_experts_implementation", None) == "grouped_mm":
+        config = model.config.get_text_config(decoder=True)
+        if getattr(config, "_experts_implementation", None) == "grouped_mm":
             # torch 2.13 has no grouped matmul in fp64; the batched one computes the same.
             model.set_experts_implementation("batched_mm")
         return self._as_it_runs(in_fp64(model))

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from dtcp.check.auxiliary import auxiliary_losses, whole
-from dtcp.check.checked_model import CheckedModel, vocabulary
+from dtcp.check.checked_model import CheckedModel, padding_id, vocabulary
 from dtcp.check.collective_calls import CollectiveCalls
 from dtcp.compile import Graphs, count_graphs
 from dtcp.distributed.ledger import (
@@ -205,12 +205,15 @@ class _Row:
     input_ids: Tensor
 
 
-def _row(vocab_size: int, seq_len: int, index: int, *, packed: bool) -> _Row:
-    """Three documents of random tokens; shards end inside of documents."""
+def _row(model: nn.Module, seq_len: int, index: int, *, packed: bool) -> _Row:
+    """Three documents of random tokens, none of them padding; shards end inside of documents."""
     first, second = seq_len // 3 + 1 + index, seq_len // 4 + 1
     lengths = (first, second, seq_len - first - second) if packed else (seq_len,)
     generator = torch.Generator().manual_seed(index)
-    input_ids = torch.randint(1, vocab_size, (1, seq_len), generator=generator)
+    input_ids = torch.randint(1, vocabulary(model), (1, seq_len), generator=generator)
+    padding = padding_id(model)
+    if padding is not None:
+        input_ids = input_ids.where(input_ids != padding, max(padding - 1, 1) + (padding == 1))
     return _Row(Documents((lengths,), seq_len), input_ids)
 
 
@@ -229,13 +232,12 @@ def _on_one_device(
     document after the other would not say what it keeps of the whole row.
     """
     model, indices = seeded(checked), range(mesh.size("batch"))
-    size = vocabulary(model)
-    rows = [_row(size, options.seq_len, index, packed=True) for index in indices]
+    rows = [_row(model, options.seq_len, index, packed=True) for index in indices]
     losses = _losses(checked, model, rows)
     if len(losses) > 1:
         # Anew: a loss may add itself to those before.
         model = seeded(checked)
-        rows = [_row(size, options.seq_len, index, packed=False) for index in indices]
+        rows = [_row(model, options.seq_len, index, packed=False) for index in indices]
         losses = _losses(checked, model, rows)
     sum(losses.values(), torch.zeros(())).backward()
     values = {name: loss.detach() for name, loss in losses.items()}

@@ -12,7 +12,10 @@ from dtcp.huggingface.latents import hands_on_latents
 from dtcp.huggingface.registry import PROJECTION
 from dtcp.sequence.masks import Bidirectional, Causal, Mask
 
-HARMLESS = ("position_ids", "use_cache", "is_causal", "sliding_window", "output_router_logits")
+HARMLESS = (
+    *("position_ids", "use_cache", "is_causal", "sliding_window", "output_router_logits"),
+    "logits_to_keep",
+)
 """Arguments of an attention call that repeat what mask, positions and the model's call say."""
 WRITTEN_AGAIN = ("num_selected", "compressed", "relative_bias")
 """Arguments of the calls in forwards that are written again (own_attention.py)."""

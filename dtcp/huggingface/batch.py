@@ -25,6 +25,7 @@ from dtcp.huggingface.images import (
     with_blocks,
 )
 from dtcp.huggingface.install import check_has_mixers, model_with_mixers
+from dtcp.huggingface.padding_ids import check_counted_ids
 from dtcp.huggingface.pooled_head import check_last_tokens, last_token_mixer
 from dtcp.huggingface.positions import check_longest
 from dtcp.huggingface.rotary_lengths import last_position
@@ -218,6 +219,7 @@ def _rows_of(batch: Mapping[str, Any], model: nn.Module, *, for_token_loss: bool
     check_ids(rows, model, upwards=not image_arguments(model))
     documents = documents_of_hf_batch(rows)
     check_longest(documents, model)
+    check_counted_ids(rows.get("input_ids"), documents, model)
     whole = {key: x for key, x in rows.items() if key not in (*DOCUMENT_KEYS, "attention_mask")}
     whole = without_types(with_blocks(whole, model), model)
     whole["position_ids"] = documents.position_ids()

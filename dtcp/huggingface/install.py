@@ -27,7 +27,6 @@ from dtcp.huggingface.positions import (
     KEY,
     Positions,
     call_with_positions,
-    counts_ids,
     install_positions,
     note_longest,
 )
@@ -101,10 +100,9 @@ def install_mixers(model: Any) -> Survey:
         install_image_inputs(model, result.images)
     if result.encoder:
         install_encoder(model.get_submodule(result.encoder))
-    uncounted = counts_ids(model, result.positions)
     install_positions(model, result.positions)
     note_longest(model, result.positions, result.images)
-    install_padding_ids(model, hidden=result.hides_padding, uncounted=uncounted)
+    install_padding_ids(model, hidden=result.hides_padding, uncounted=result.uncounted_padding)
     vars(model)[_POSITIONS] = result.positions
     vars(model)[READS_TYPES] = result.reads_types
     vars(model)[_CONFIGS] = _attention_configs(model, result)

@@ -12,7 +12,8 @@ from dtcp.huggingface.plain_torch import without_gpu_kernels
 def model_of(config: Any, remedy: str = CORRECT) -> Any:
     """A language model of a config, with fresh weights.
 
-    Causal; masked, if it is an encoder's; of two sequences, if it is that of encoder and decoder.
+    Causal; masked, if it is an encoder's; of two sequences, if it is that of encoder and decoder;
+    one that reads images beside text, if there is no other.
 
     Args:
         remedy: what to do where transformers builds none of it.
@@ -42,16 +43,18 @@ def _kind_of(config: Any, remedy: str) -> Any:
         (modeling_auto.AutoModelForMaskedLM, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING),
     ]
     two = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    images = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if getattr(config, "is_encoder_decoder", False):
         kinds.insert(0, (modeling_auto.AutoModelForSeq2SeqLM, two))
     elif type(config) not in two and not getattr(config, "is_decoder", False):
         kinds.reverse()
+    kinds.append((modeling_auto.AutoModelForImageTextToText, images))
     for kind, models in kinds:
         if type(config) in models:
             return kind
     raise ValueError(
-        f"A model type has a causal, masked or encoder-decoder language model, got "
-        f"{config.model_type!r} without one in transformers: {remedy}."
+        f"A model type has a causal, masked or encoder-decoder language model, or one that reads "
+        f"images, got {config.model_type!r} without one in transformers: {remedy}."
     )
 
 

@@ -5,7 +5,7 @@ calls of the indexer's mixer and of attention, which reads the latents of what w
 differ in how they make queries, latents and a gate (picking_forms.py), not in what they pick.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from dtcp.autocast import as_autocast_casts
 from dtcp.huggingface.attend_by_name import ROPE, attend_by_name, check_no_cache
 from dtcp.huggingface.picking_forms import FORM, FORMS, INDEX_ROPE, PickingForm
 from dtcp.kernels.dtypes import accumulation
+
+Latents = MutableMapping[str, tuple[Tensor, Tensor]]
+"""Of layers whose latents others read: [B, 1, L, C] and turned rotary keys, by their kind."""
 
 OWN_INDEXER, INDEXER = "indexer", "dtcp_indexer"
 """Names in the attention module: of the model's own indexer, and of its mixer."""
@@ -27,14 +30,19 @@ def _attend_to_picked(
     attention_mask: Any = None,
     position_ids: Tensor | None = None,
     prev_topk_indices: Tensor | None = None,
+    shared_kv_states: Latents | None = None,
     **kwargs: Any,
 ) -> tuple[Any, ...]:
     check_no_cache(self, kwargs)
     form = getattr(self, FORM)
     residual, q, gate = form.queries(self, hidden_states)
-    q, k, v = _queries_and_latents(self, hidden_states, q, position_embeddings)
-    metadata, before = kwargs.get("attn_metadata"), prev_topk_indices
-    selected = _picked(self, hidden_states, residual, position_embeddings, before, metadata)
+    if form.scales_queries:
+        q = self.softmax_scaling(q, position_ids, head_dim_first=False)
+    q, k, v = _queries_and_latents(self, hidden_states, q, position_embeddings, shared_kv_states)
+    metadata, selected = kwargs.get("attn_metadata"), prev_topk_indices
+    if self.indexer is not None:
+        at = position_embeddings, position_ids
+        selected = _picked(self, hidden_states, residual, *at, metadata)
     kwargs |= _arguments(self, selected)
     out = attend_by_name(self, q, k, v, attention_mask, **kwargs)
     if gate is not None:
@@ -44,18 +52,33 @@ def _attend_to_picked(
 
 
 def _queries_and_latents(
-    module: Any, hidden_states: Tensor, q: Tensor, tables: tuple[Tensor, Tensor]
+    module: Any,
+    hidden_states: Tensor,
+    q: Tensor,
+    tables: tuple[Tensor, Tensor],
+    shared: Latents | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries [B, H, L, D] of [B, L, H, D]; and keys and values, as `expand_kv` says."""
     form: PickingForm = getattr(module, FORM)
     widths = module.qk_nope_head_dim, module.qk_rope_head_dim
     content, q_rotary = q.transpose(1, 2).split(widths, dim=-1)
-    latent, key_rotary = form.latents(module, module.kv_a_proj_with_mqa(hidden_states)[:, None])
-    turned = getattr(module, ROPE)(q_rotary, key_rotary, *tables)
-    if form.wide_tables:
-        turned = turned[0].to(q_rotary.dtype), turned[1].to(key_rotary.dtype)
-    k, v = module.expand_kv(latent, turned[1])
-    return torch.cat((content, turned[0]), dim=-1), k, v
+    kind = "rope" if widths[1] else "nope"
+    if shared is not None and module.is_kv_shared_layer:
+        latent, key_rotary = shared[kind]
+        if widths[1]:
+            q_rotary = getattr(module, ROPE)(q_rotary, None, *tables)[0]
+    else:
+        rows = module.kv_a_proj_with_mqa(hidden_states)[:, None]
+        latent, key_rotary = form.latents(module, rows)
+        dtypes = q_rotary.dtype, key_rotary.dtype
+        if widths[1]:
+            q_rotary, key_rotary = getattr(module, ROPE)(q_rotary, key_rotary, *tables)
+        if form.wide_tables:
+            q_rotary, key_rotary = q_rotary.to(dtypes[0]), key_rotary.to(dtypes[1])
+    if shared is not None and module.store_full_length_kv:
+        shared[kind] = latent, key_rotary
+    k, v = module.expand_kv(latent, key_rotary)
+    return torch.cat((content, q_rotary), dim=-1), k, v
 
 
 def _picked(
@@ -63,17 +86,15 @@ def _picked(
     hidden_states: Tensor,
     residual: Tensor,
     tables: tuple[Tensor, Tensor],
-    before: Tensor | None,
+    position_ids: Tensor | None,
     attn_metadata: Any,
 ) -> Tensor | None:
-    """Which tokens queries read: [B, L, k], of the module's indexer or of one before it.
+    """Which tokens queries read, of the module's indexer: [B, L, k].
 
-    None where the module has no mixers, while it is surveyed, and where it reads all tokens.
+    None where the module has no mixers, while it is surveyed.
     """
-    if module.indexer is None:
-        return before
     mixer = getattr(module, INDEXER, None)
-    operands = _index_operands(module, hidden_states, residual, tables)
+    operands = _index_operands(module, hidden_states, residual, tables, position_ids)
     if mixer is None:
         return None
     selected: Tensor = mixer(*operands, attn_metadata)
@@ -81,16 +102,26 @@ def _picked(
 
 
 def _index_operands(
-    module: Any, hidden_states: Tensor, residual: Tensor, tables: tuple[Tensor, Tensor]
+    module: Any,
+    hidden_states: Tensor,
+    residual: Tensor,
+    tables: tuple[Tensor, Tensor],
+    position_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries [B, L, H, D], a weight for each, scaled, and keys [B, L, D] of an indexer."""
     indexer = module.indexer
+    scales_queries = getattr(module, FORM).scales_queries
     with torch.no_grad():
+        residual = indexer.q_input_norm(residual) if scales_queries else residual
         q = indexer.wq_b(residual).unflatten(-1, (-1, indexer.head_dim))
+        if scales_queries:
+            q = indexer.softmax_scaling(q, position_ids, head_dim_first=False)
         # transformers may keep the norm in fp32 where the other layers are fp16.
         key = indexer.wk(hidden_states).to(indexer.k_norm.weight.dtype)
         key = indexer.k_norm(key).to(hidden_states.dtype)
-        q, key = _turned_index(module, q, key[:, :, None], tables)
+        key = key[:, :, None]
+        if module.qk_rope_head_dim:
+            q, key = _turned_index(module, q, key, tables)
         # Norms and rotary tables give fp32 under autocast; scores are then products of its dtype.
         q, key = as_autocast_casts(q, key)
         # So it may this one.

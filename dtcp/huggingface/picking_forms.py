@@ -9,8 +9,11 @@
                                                          of tokens, sinks
     Dots 3 Note     the residual, scaled                 a gate per head,    pairs, first
                                                          normed rotary keys
+    Mistral Large 4 hidden states, scaled by positions   shared choices,     pairs, first
+                                                         shared latents
 
-The residual is the normed latent of a query, [B, L, Cq], of which indexers make theirs, too.
+The residual is the normed latent of a query, [B, L, Cq], of which indexers make theirs, too; of
+Mistral Large 4, whose queries have none, the hidden states, which its indexers norm themselves.
 """
 
 import inspect
@@ -58,6 +61,10 @@ def _dots3_queries(module: Any, hidden_states: Tensor) -> Queries:
     return residual, _by_heads(module.q_b_proj(residual), module.qk_head_dim), gate
 
 
+def _mistral_queries(module: Any, hidden_states: Tensor) -> Queries:
+    return hidden_states, _by_heads(module.q_proj(hidden_states), module.qk_head_dim), None
+
+
 def _by_heads(x: Tensor, width: int) -> Tensor:
     return x.unflatten(-1, (-1, width))
 
@@ -80,6 +87,7 @@ class PickingForm:
     Args:
         rope, index_rope: names of the functions that turn queries and keys, and the indexer's.
         index_rotary_last: whether an indexer turns its last channels; else its first.
+        scales_queries: whether queries, of indexers, too, are scaled by their positions.
         hands_on: whether a layer without an indexer reads what one before it picked.
         wide_tables: whether rotary tables are fp32 whatever the model computes in.
     """
@@ -89,6 +97,7 @@ class PickingForm:
     rope: str = _PAIRS
     index_rope: str = _HALVES
     index_rotary_last: bool = False
+    scales_queries: bool = False
     hands_on: bool = False
     wide_tables: bool = False
 
@@ -103,6 +112,9 @@ FORMS: Mapping[str, PickingForm] = {
     "HYV4VLAttention": _HY_V4,
     "Dots3NoteTextAttention": PickingForm(
         _dots3_queries, _dots3_latents, index_rope=_PAIRS, wide_tables=True
+    ),
+    "MistralLarge4TextAttention": PickingForm(
+        _mistral_queries, index_rope=_PAIRS, scales_queries=True, hands_on=True
     ),
 }
 """By the name of the class."""

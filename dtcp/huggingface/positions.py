@@ -159,11 +159,6 @@ def call_with_positions(
         return run(**kwargs)
 
 
-def counts_ids(model: nn.Module, positions: Positions) -> bool:
-    """Whether positions of a model are those of its ids that are no padding."""
-    return any(is_position_table(model.get_submodule(name)) for name in positions.readers)
-
-
 def _index(reader: nn.Module) -> int | None:
     """Where positions stand among the arguments of a reader's forward; None if it takes ids."""
     if is_position_table(reader):

@@ -22,6 +22,8 @@ NUM_LAYERS, MOST_LAYERS = 2, 6
 
 _SPECIAL_TOKENS: Mapping[str, int] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
+_SECTIONS = "mrope_section"
+
 _HEADS = ("num_attention_heads", "num_key_value_heads")
 
 Fields = dict[str, Any]
@@ -150,6 +152,10 @@ def _shrunk(config: Any, changed: Fields) -> Fields:
     heads, kv_heads = (true_names.get(key, key) for key in _HEADS)
     if heads in fields and kv_heads in fields and values[heads] == values[kv_heads]:
         fields[kv_heads] = fields[heads]
+    rope = values.get("rope_parameters")
+    if isinstance(rope, dict) and rope.get(_SECTIONS):
+        sections = _scaled(rope[_SECTIONS], TINY["head_dim"], _head_dim(config))
+        fields["rope_parameters"] = {**rope, _SECTIONS: sections}
     wanted = _wanted_layers(config, changed)
     return _merged({**fields, **_layers(config, changed)}, _of_family(config.model_type, wanted))
 
@@ -168,6 +174,19 @@ def _of_family(model_type: str, wanted: Any) -> Fields:
         lists = {key: x for key, x in family.items() if isinstance(x, list) and len(x) == count}
         family |= {key: [x[i % count] for i in range(wanted)] for key, x in lists.items()}
     return family
+
+
+def _head_dim(config: Any) -> int:
+    dim: int | None = getattr(config, "head_dim", None)
+    return dim or config.hidden_size // config.num_attention_heads
+
+
+def _scaled(parts: list[int], width: int, whole: int) -> list[int]:
+    """Channels of each axis of positions, for heads of `width` channels instead of `whole`."""
+    floors, rests = zip(*(divmod(part * width, whole) for part in parts), strict=True)
+    missing = sum(parts) * width // whole - sum(floors)
+    first = sorted(range(len(parts)), key=lambda i: -rests[i])[:missing]
+    return [floor + (i in first) for i, floor in enumerate(floors)]
 
 
 def _layers(config: Any, changed: Fields) -> Fields:

@@ -9,7 +9,7 @@ _BY_SIZE: Mapping[int, str] = {
         encoder_hash_byte_group_vocab ngram_vocab_size_base num_position_embeddings""",
     32: """hidden_size d_model n_embd dim emb_dim embedding_dim embedding_size hidden_size_global
         out_hidden_size attention_hidden_size word_embed_proj_dim input_embedding_size
-        output_embedding_size entity_emb_size vision_output_dim projector_input_dim
+        output_embedding_size entity_emb_size text_hidden_size vision_output_dim projector_input_dim
         projector_output_dim pooler_hidden_size prediction_head_size lru_width true_hidden_size
         backbone_hidden_size output_channels adapter_out_dim adapter_in_dim adapter_input_size
         pronunciation_embed_dim shape_embed_dim router_hidden_size d_latents
@@ -36,7 +36,7 @@ _BY_SIZE: Mapping[int, str] = {
         num_local_experts n_routed_experts moe_num_experts linear_num_heads mamba_n_heads
         mamba_num_heads linear_num_value_heads split_ngram_parts
         centroid_intermediate_top_k num_attention_heads_per_layer zero_expert_num rotary_dim
-        floor_scale""",
+        floor_scale index_kpool""",
     2: """num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads
         num_query_groups num_experts_per_tok moe_topk index_topk_blocks
         num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers
@@ -49,6 +49,8 @@ _BY_SIZE: Mapping[int, str] = {
 TINY: Mapping[str, int] = {name: size for size, names in _BY_SIZE.items() for name in names.split()}
 """The largest size of each field in a tiny model."""
 
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     # With few heads many scores are 0: of equal ones torch.topk picks any.
     "axk2": {"index_n_heads": 16},
@@ -57,7 +59,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "num_hidden_layers": 2,
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {
-            kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+            kind: {**_ROPE, "mrope_section": [2, 1, 1]}
             for kind in ("sliding_attention", "full_attention")
         },
     },
@@ -90,8 +92,12 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "activation_sparsity_pattern": [0.0] * 4,
         "num_kv_shared_layers": 2,
     },
+    "glm4v_moe_text": {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 0]}},
+    "glm4v_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
     "glm_moe_dsa": {"index_n_heads": 16},
+    "glm_ocr_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
     "granitemoehybrid": {"mamba_n_heads": 8},
+    "hunyuan_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
     "hy_v4": {"index_n_heads": 16},
     "lfm2": {
         "num_hidden_layers": 2,
@@ -109,6 +115,18 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "index_head_dim": 8,
         "index_block_size": 4,
     },
+    # Layers that share latents and choices, with rotary positions and without.
+    "mistral_large4_text": {
+        "num_hidden_layers": 5,
+        "no_rope_layers": [1, 0, 1, 0, 1],
+        "kv_source_layers": [0, 1, 0, 1, 4],
+        "indexer_types": ["full", "full", "shared", "full", "shared"],
+        "mlp_layer_types": ["dense"] + ["sparse"] * 4,
+        "layer_types": ["indexed_attention"] * 5,
+        "index_n_heads": 16,
+    },
+    # Half of its channels turn.
+    "mistral4": {"head_dim": 16},
     "mobilebert": {"intra_bottleneck_size": 32},
     # An end of text that random tokens have, too; n-grams in a layer whose state is linear.
     "qwen4_exp_text": {
@@ -121,8 +139,14 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "ple_layer_ids": [1],
         "heads_per_ngram": 2,
     },
+    "paligemma": {"text_config": {"model_type": "gemma", "num_key_value_heads": 1}},
+    "paddleocr_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
+    "qwen2_5_omni_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
+    "qwen2_5_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
+    "qwen2_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
     "neomme": {"head_dim": 16},
     "nllb-moe": {"encoder_sparse_step": 1, "decoder_sparse_step": 1},
+    "step3p7": {"text_config": {"model_type": "step3p5", "sliding_window": 7}},
     "switch_transformers": {
         "expert_capacity": 3,
         "num_sparse_encoder_layers": 1,

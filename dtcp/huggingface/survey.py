@@ -49,6 +49,7 @@ class Survey:
         hides_padding: whether it hides tokens with the id of padding where it is given no mask.
         own_masks: attention that is handed a mask of its model's own, which hides nothing.
         reads_types: whether its masks go by the types of tokens, which mixers do not.
+        uncounted_padding: whether it counts positions without tokens of the id of padding.
     """
 
     attentions: tuple[SurveyedAttention, ...]
@@ -64,6 +65,7 @@ class Survey:
     own_masks: tuple[str, ...] = ()
     capacity: tuple[SurveyedMixer, ...] = ()
     reads_types: bool = False
+    uncounted_padding: bool = False
 
     def check(self) -> None:
         """Stop where something is refused.
@@ -117,6 +119,7 @@ def survey(model: Any) -> Survey:
         tuple(recorder.own_masks),
         surveyed_capacity(model),
         probe.reads_types,
+        probe.uncounted_padding,
     )
 
 

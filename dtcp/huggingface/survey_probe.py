@@ -49,6 +49,7 @@ class SurveyProbe:
         memory = torch.arange(recorder.memory_len, device=self.input_ids.device)[None]
         self.memory_position_ids = memory
         self.positions = Positions()
+        self.uncounted_padding = False
         self.pooled_head: PooledHead | None = None
         self.images = ""
         self.reads_types = False
@@ -73,6 +74,7 @@ class SurveyProbe:
             )
         self.positions = positions or Positions(taken=takes_positions(model))
         with reading_positions(model, self.positions):
+            self.uncounted_padding = positions is not None and self.leaves_out_padding()
             self.find_mixing()
             if not self.positions.taken and not self.recorder.refused and self.counts():
                 refuse(
@@ -133,6 +135,18 @@ class SurveyProbe:
                     # A table of positions that is too short for this offset.
                     continue
         return None
+
+    def leaves_out_padding(self) -> bool:
+        """Whether the model counts positions without tokens of the id of padding."""
+        padding = self.model.config.get_text_config(decoder=True).pad_token_id
+        if padding is None or not self.positions.readers:
+            return False
+        ids = self.input_ids, self.memory_ids
+        self.input_ids, self.memory_ids = (x.clone() for x in ids)
+        self.input_ids[:, :1] = self.memory_ids[:, :1] = padding
+        differ = _differ(self.uncounted, self.counted)
+        self.input_ids, self.memory_ids = ids
+        return differ
 
     def find_mixing(self) -> None:
         """Note the modules in which tokens meet, and the head of a model that pools."""

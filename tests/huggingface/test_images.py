@@ -15,11 +15,12 @@ from dtcp.huggingface.images import IMAGES
 from dtcp.huggingface.plain_torch import without_gpu_kernels
 from dtcp.huggingface.read_mask import read_block_mask
 from dtcp.huggingface.small_sizes import FAMILIES
-from dtcp.parallelize import Compile, parallelize_hf
+from dtcp.parallelize import Compile, SelectiveCheckpoint, parallelize_hf
 from dtcp.sequence.masks import BlockBidirectional, Causal, SlidingWindow
 from tests.harness.hf_models import SHAPE, WINDOWS
 from tests.harness.parity import assert_gradients, gradients, summed
 from tests.harness.spmd import spmd
+from tests.huggingface.test_huggingface import assert_same_step
 from tests.huggingface.test_picked_latents import SMALL as PICKING
 
 IMAGE, TOKENS, SEQ_LEN, ROWS = 60, 4, 24, 2
@@ -166,6 +167,18 @@ CONFIGS = {
         "video_token_index": 61,
         "projector_hidden_size": 32,
     },
+    # Layers read latents and choices of others, and rotary positions or none.
+    "mistral_large4": {
+        "text_config": {
+            **SHAPE,
+            **PICKING,
+            **FAMILIES["mistral_large4_text"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        "vision_config": {**VISION, **LAYERS, "model_type": "pixtral", "head_dim": 8},
+        "image_token_id": IMAGE,
+        "experts_implementation": "batched_mm",
+    },
     "mistral3": {
         "text_config": {**SHAPE, "model_type": "mistral", "sliding_window": 7},
         "vision_config": {**VISION, **LAYERS, "model_type": "pixtral", "head_dim": 8},
@@ -219,7 +232,7 @@ def a_batch(kind):
         images = {"pixel_values": pixels, "image_position_ids": places.expand(ROWS, -1, -1)}
         return {**batch, **images, "mm_token_type_ids": types}
     pixels = torch.randn(ROWS, 3, 64, 64, generator=generator, dtype=torch.float64)
-    if kind == "mistral3":
+    if kind in ("mistral3", "mistral_large4"):
         return {**batch, "pixel_values": pixels, "image_sizes": torch.tensor([[64, 64]] * ROWS)}
     return {**batch, "pixel_values": pixels, "token_type_ids": types}
 
@@ -267,6 +280,17 @@ def with_dynamic_frequencies(kind):
     ntk = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
     of_layers = dict.fromkeys(WINDOWS["layer_types"], ntk)
     return build(kind, max_position_embeddings=SEQ_LEN // 2, rope_parameters=of_layers)
+
+
+@pytest.mark.slow_where(lambda ranks: ranks == 4)
+@spmd(ranks=(2, 4))
+def test_layers_that_share_latents_and_choices_equal_one_device(mesh, ranks):
+    """Mistral Large 4, of packed documents of text."""
+    for degrees in [Degrees(cp=2)] if ranks == 2 else [Degrees(cp=2, tp=2), Degrees(cp=4)]:
+        reference, model = build("mistral_large4"), build("mistral_large4")
+        mesh = ParallelMesh.from_degrees(degrees, "cpu")
+        parallelize_hf(model, mesh, activation_checkpoint=SelectiveCheckpoint())
+        assert_same_step(reference, model, mesh)
 
 
 def adapted(kind):
