@@ -90,7 +90,7 @@ def vocabulary(model: Any) -> int:
 
 def padding_id(model: Any) -> int | None:
     """The id of padding of a model of transformers, without which some of them count positions."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         return None
     token: int | None = config.get_text_config(decoder=True).pad_token_id

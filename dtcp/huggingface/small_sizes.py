@@ -49,7 +49,7 @@ _BY_SIZE: Mapping[int, str] = {
 TINY: Mapping[str, int] = {name: size for size, names in _BY_SIZE.items() for name in names.split()}
 """The largest size of each field in a tiny model."""
 
-_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+_ROPE: Mapping[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
 
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     # With few heads many scores are 0: of equal ones torch.topk picks any.

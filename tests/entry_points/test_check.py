@@ -252,7 +252,7 @@ def test_B7_claims_of_a_plan_that_no_rank_has_applied_name_the_plan():
         ("--hf-config llama --set dropuot=0", "got 'dropuot', which that of 'llama' has not"),
         ("--hf-config llama --plan a:b", "--plan says how a model with mixers is sharded"),
         ("--hf-config rwkv", "attention from the attention registry, got RwkvForCausalLM"),
-        ("--hf-config vit", "causal, masked or encoder-decoder language model, got 'vit'"),
+        ("--hf-config vit", "or one that reads images, got 'vit'"),
         (
             "--hf-config llama --tp 2 "
             "--set num_attention_heads=3 num_key_value_heads=3 hidden_size=48",
