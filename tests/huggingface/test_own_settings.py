@@ -7,6 +7,7 @@ from dtcp.check.checked_hf import CheckedHuggingFaceModel
 from dtcp.check.parity import CheckOptions, compare, seeded
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import causal_lm_loss, survey
+from dtcp.huggingface.small_config import small_config
 from dtcp.parallelize import parallelize_hf
 from dtcp.sequence.masks import Causal, SlidingWindow
 from tests.harness.spmd import spmd
@@ -21,6 +22,17 @@ def test_masks_that_a_model_slices_are_read():
     surveyed = survey(seeded(SHARED))
     assert surveyed.refused == ()
     assert [each.mask for each in surveyed.attentions] == [window, Causal()] * 2
+
+
+@pytest.mark.parametrize("number", [3, 6])
+def test_kinds_of_layers_that_a_family_names_take_turns(number):
+    """However many layers are asked for; it was an error of transformers."""
+    for kind, names in (
+        ("lfm2", ["conv", "full_attention"]),
+        ("minimax_m3_vl_text", ["full_attention", "minimax_m3_sparse"]),
+    ):
+        config = small_config(kind, {"num_hidden_layers": number}).config
+        assert config.layer_types == (names * number)[:number]
 
 
 @spmd(ranks=2)
