@@ -58,6 +58,25 @@ def refuse_other_data(fingerprint: dict[str, Any]) -> None:
     _refuse("data", _placeless(fingerprint), changes, "bring the same data to every host")
 
 
+def refuse_other_nodes(parallelism: Any, ranks_per_node: int) -> None:
+    """Refuse, on all ranks, machines with unequal numbers of ranks where exchanges have two tiers.
+
+    Their groups hang on the number: ranks would wait for each other while they make them.
+
+    Args:
+        parallelism: torchtitan's section.
+        ranks_per_node: of this rank's machine; 0 where nobody has said.
+    Raises:
+        ValueError: naming rank and number.
+    """
+    if parallelism.context_parallel_degree > 1 or parallelism.expert_parallel_degree > 1:
+        remedy = (
+            "start as many on each, or give all ranks' number (--dtcp.ranks_per_node) for one tier"
+        )
+        own = {"ranks of a machine": f"{ranks_per_node}"}
+        _refuse("number of ranks on their machines", own, config_changes, remedy)
+
+
 def refuse_other_code() -> None:
     """Refuse, on all ranks, that one of them runs other code than rank 0: a checkout left behind.
 

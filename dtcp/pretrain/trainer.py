@@ -47,6 +47,7 @@ from dtcp.pretrain.same_start import (
     refuse_other_code,
     refuse_other_data,
     refuse_other_folder,
+    refuse_other_nodes,
     refuse_other_settings,
 )
 from dtcp.pretrain.settings import check_counts, check_optimizer, check_profiler
@@ -132,6 +133,8 @@ class Trainer(titan.Trainer):
             # Before meshes and models, which may need others.
             refuse_other_code()
             refuse_other_settings(self.config)
+            each = self.config.dtcp.ranks_per_node or ranks_of_machine()
+            refuse_other_nodes(self.config.parallelism, each)
             if _saves(self.config):
                 refuse_other_folder(Path(self.config.dump_folder))
         return dims

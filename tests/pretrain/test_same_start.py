@@ -1,6 +1,7 @@
 """Ranks started with other settings, code, data or folders are refused on all of them."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -17,6 +18,7 @@ from dtcp.pretrain.same_start import (
     refuse_other_code,
     refuse_other_data,
     refuse_other_folder,
+    refuse_other_nodes,
     refuse_other_settings,
     refuse_other_weights,
 )
@@ -78,6 +80,20 @@ def test_never_silent_a_rank_that_runs_other_code(mesh):
         pytest.raises(ValueError, match=said),
     ):
         refuse_other_code()
+
+
+@spmd(ranks=2)
+def test_never_silent_machines_with_unequal_numbers_of_ranks(mesh):
+    """Rank 0 has a machine for itself: the groups of two tiers would not be the same everywhere."""
+    parallelism, each = configs.llama_tiny_fsdp4().parallelism, 1 + dist.get_rank()
+    refuse_other_nodes(parallelism, each)  # nothing is exchanged in two tiers
+    for axis in ("context", "expert"):
+        across = replace(parallelism, **{f"{axis}_parallel_degree": 2})
+        refuse_other_nodes(across, 2)
+        with pytest.raises(
+            ValueError, match=r"on rank 1: ranks of a machine 1 -> 2: start as many"
+        ):
+            refuse_other_nodes(across, each)
 
 
 def start_from(mesh, folder: str) -> None:
