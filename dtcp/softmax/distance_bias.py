@@ -33,7 +33,7 @@ def t5_distance_bias(weight: Tensor, *, bidirectional: bool, max_distance: int =
             f"weight.shape={tuple(weight.shape)}, bidirectional={bidirectional}, max_distance="
             f"{max_distance}: give the model's own num_buckets and max_distance."
         )
-    distance = torch.arange(-max_distance, max_distance + 1)
+    distance = torch.arange(-max_distance, max_distance + 1, device=weight.device)
     back = distance.abs() if bidirectional else (-distance).clamp(min=0)
     near = buckets // 2
     # In fp32, as the models do: a border between two buckets is a matter of rounding.
@@ -42,10 +42,10 @@ def t5_distance_bias(weight: Tensor, *, bidirectional: bool, max_distance: int =
     bucket = torch.where(back < near, back, far)
     if bidirectional:
         bucket = bucket + buckets * (distance > 0)
-    return weight[bucket.to(weight.device)].mT
+    return weight[bucket].mT
 
 
-def alibi_slopes(heads: int) -> Tensor:
+def alibi_slopes(heads: int, *, device: torch.device | str | None = None) -> Tensor:
     """The `slope` of attention with ALiBi: [H], fp32.
 
     A key that lies d tokens left of its query gets -slope * d. Powers of two by head; for another
@@ -57,6 +57,7 @@ def alibi_slopes(heads: int) -> Tensor:
     power = 1 << (heads.bit_length() - 1)
 
     def of_power(count: int) -> Tensor:
-        return 2.0 ** (-8.0 / count * torch.arange(1, count + 1, dtype=torch.float64))
+        number = torch.arange(1, count + 1, dtype=torch.float64, device=device)
+        return 2.0 ** (-8.0 / count * number)
 
     return torch.cat((of_power(power), of_power(2 * power)[::2][: heads - power])).float()

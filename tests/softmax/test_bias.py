@@ -371,6 +371,27 @@ def test_bias_of_alibi_is_that_of_transformers():
         assert_close(alibi_slopes(heads)[:, None] * torch.arange(6), alibi[:, 0])
 
 
+class _Devices(TorchDispatchMode):
+    """Where the results of operations are."""
+
+    def __init__(self):
+        super().__init__()
+        self.types = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.types.add(out.device.type)
+        return out
+
+
+def test_bias_of_t5_and_of_alibi_is_made_on_their_device():
+    """Each layer makes its own, and the host would wait for a GPU that it copies to."""
+    with _Devices() as devices:
+        t5_distance_bias(torch.empty(8, 3, device="meta"), bidirectional=True, max_distance=20)
+        alibi_slopes(12, device="meta")
+    assert devices.types == {"meta"}
+
+
 def test_bias_is_done_by_the_backends_that_say_so():
     demand = replace(HOPPER, bias=frozenset({"table"}))
     for backend in BACKENDS:
