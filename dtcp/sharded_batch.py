@@ -16,6 +16,7 @@ from dtcp.rows import pad_end
 from dtcp.sequence.arguments import check_dim
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import PADDING, Documents
+from dtcp.sequence.host import on_device
 from dtcp.sequence.layout import SequenceLayout
 
 
@@ -126,7 +127,7 @@ class ShardedBatch:
                 f"A ShardedBatch sums a number of each token, got x.shape={tuple(x.shape)}: give "
                 f"[B, L] = {(rows, self.layout.shard_len)}."
             )
-        document = self.shard(self.coords.document, pad=PADDING).to(x.device)
+        document = on_device(self.shard(self.coords.document, pad=PADDING), x.device)
         count = max(len(lengths) for lengths in self.documents.lengths)
         # What is in no document is summed in a place that is cut off.
         place = document.where(document >= 0, count)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dtcp.router_balance import balance_loss
+from dtcp.sequence.host import on_device
 from dtcp.sharded_batch import ShardedBatch
 
 
@@ -56,7 +57,7 @@ def balance_loss_of_batch(model: Any, router_logits: Any, sharded: ShardedBatch)
         router_logits,
         sharded.mesh.loss,
         experts_per_token=config.num_experts_per_tok,
-        padding_mask=padding.to(router_logits[0].device),
+        padding_mask=on_device(padding, router_logits[0].device),
     )
 
 

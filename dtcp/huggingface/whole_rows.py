@@ -36,6 +36,7 @@ from dtcp.linear_logits import LinearLogits
 from dtcp.loss import divided_loss, global_token_count, token_log_probs
 from dtcp.sequence.arguments import check_kind
 from dtcp.sequence.buckets import Buckets
+from dtcp.sequence.host import on_device
 from dtcp.sequence.layout import HeadTail, SequenceLayout
 from dtcp.sharded_batch import ShardedBatch
 from dtcp.token_entropy import token_entropy
@@ -177,7 +178,7 @@ class WholeRows(nn.Module):
         if numbers:
             outputs = RowOutputs(self._numbers(out.logits, targets, sharded))
             mask = _has_next_token(batch.pop("labels"), batch)
-            outputs["label_mask"] = mask.to(out.logits.device)
+            outputs["label_mask"] = on_device(mask, out.logits.device)
             if padding is not None:
                 outputs = RowOutputs(moved_back(outputs, padding, given - 1))
         else:
