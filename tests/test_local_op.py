@@ -119,6 +119,7 @@ def of_sparse_attention():
     at, tiles = ints(1, LENGTH).int(), ints(1, 1, 6)
     weight = leaf(1, LENGTH, 4)
     selected = OPS.select_entries(q, weight, entries, at, at, ints(1, 4).int(), tiles, 3)
+    yield OPS.select_blocks(q, leaf(1, LENGTH, 2, 8), [at] * 4, 4, 2, 1)
     yield OPS.sparse_attention(q, keys, entries, selected, leaf(4), [at] * 10, 1.0, 6)
     routes = ints(1, 2, 1, 3)
     yield OPS.bring_left([keys], routes, routes, [3], GROUP)
