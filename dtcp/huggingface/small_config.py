@@ -23,6 +23,9 @@ NUM_LAYERS, MOST_LAYERS = 2, 6
 _SPECIAL_TOKENS: Mapping[str, int] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 _SECTIONS = "mrope_section"
+_FACTORS, _LIMIT = ("short_factor", "long_factor"), "original_max_position_embeddings"
+ROTARY_LIMIT = 16
+"""Of tokens, past which a tiny model has other rotary frequencies: rows of a check have more."""
 
 _HEADS = ("num_attention_heads", "num_key_value_heads")
 
@@ -130,6 +133,9 @@ def _merged(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> Fields:
             merged[key] = _merged(inner, value)
         else:
             merged[key] = value
+    if "rope_parameters" in changes:
+        # What they were called before, which goes before them.
+        merged.pop("rope_scaling", None)
     return merged
 
 
@@ -157,7 +163,8 @@ def _shrunk(config: Any, changed: Fields) -> Fields:
         sections = _scaled(rope[_SECTIONS], TINY["head_dim"], _head_dim(config))
         fields["rope_parameters"] = {**rope, _SECTIONS: sections}
     wanted = _wanted_layers(config, changed)
-    return _merged({**fields, **_layers(config, changed)}, _of_family(config.model_type, wanted))
+    fields |= _layers(config, changed) | _frequencies(config, fields)
+    return _merged(fields, _of_family(config.model_type, wanted))
 
 
 def _wanted_layers(config: Any, changed: Fields) -> Any:
@@ -187,6 +194,27 @@ def _scaled(parts: list[int], width: int, whole: int) -> list[int]:
     missing = sum(parts) * width // whole - sum(floors)
     first = sorted(range(len(parts)), key=lambda i: -rests[i])[:missing]
     return [floor + (i in first) for i, floor in enumerate(floors)]
+
+
+def _frequencies(config: Any, fields: Fields) -> Fields:
+    """A limit of rotary frequencies that rows go past, and factors for those of tiny heads."""
+    whole = getattr(config, "rope_parameters", None) or {}
+    parameters = fields.get("rope_parameters", whole)
+    if parameters.get("rope_type") == "dynamic":
+        return {"max_position_embeddings": ROTARY_LIMIT}
+    if not all(key in parameters for key in _FACTORS):
+        return {}
+    heads = config.attribute_map.get(_HEADS[0], _HEADS[0])
+    width = fields.get("hidden_size", config.hidden_size) // fields.get(
+        heads, getattr(config, heads)
+    )
+    width = fields.get("head_dim", getattr(config, "head_dim", None)) or width
+    count = int(width * (parameters.get("partial_rotary_factor") or 1.0)) // 2
+    own = {key: parameters[key] for key in _FACTORS}
+    small = {key: x[:: max(1, len(x) // count)][:count] for key, x in own.items()}
+    limit = {_LIMIT: ROTARY_LIMIT}
+    changed = {"rope_parameters": {**parameters, **small, **limit}}
+    return changed | (limit if hasattr(config, _LIMIT) else {})
 
 
 def _layers(config: Any, changed: Fields) -> Fields:

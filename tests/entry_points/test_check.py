@@ -284,6 +284,27 @@ def test_B7_configs_inside_of_configs_are_shrunk(kind, inner, tmp_path):
     assert f"shrunk {inner}.hidden_size: 768 -> 32" in small.notes
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_B7_rotary_frequencies_of_long_rows_are_those_of_tiny_heads(kind, tmp_path):
+    """Past a limit that a check's rows go past; and others are set by the name of today."""
+    factors = {"short_factor": [1.0] * 48, "long_factor": [float(i) for i in range(1, 49)]}
+    rope = {"type": kind, **(factors if kind == "longrope" else {"factor": 4.0})}
+    sizes = {"hidden_size": 3072, "num_attention_heads": 32, "max_position_embeddings": 131072}
+    limit = {"original_max_position_embeddings": 4096} if kind == "longrope" else {}
+    model = {"model_type": "phi3" if limit else "mistral"}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**model, **sizes, **limit, "rope_scaling": rope}))
+    config = small_config(str(path), {}).config
+    assert config.rope_parameters["rope_type"] == kind
+    if limit:
+        assert config.rope_parameters["long_factor"] == [1.0, 13.0, 25.0, 37.0]
+        assert config.original_max_position_embeddings == 16
+    else:
+        assert config.max_position_embeddings == 16
+    plain = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    assert small_config(str(path), plain).config.rope_parameters["rope_type"] == "default"
+
+
 def test_B7_a_field_of_the_text_model_is_set_by_its_name_alone():
     config = small_config("gemma3", {"rms_norm_eps": 1e-3, "vision_config.patch_size": 7}).config
     assert (config.text_config.rms_norm_eps, config.vision_config.patch_size) == (1e-3, 7)
