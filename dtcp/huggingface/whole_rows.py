@@ -249,6 +249,12 @@ class WholeRows(nn.Module):
     def _outputs_of_rows(self, logits: Tensor, labels: Tensor | None) -> RowOutputs:
         if labels is None:
             return RowOutputs(logits=logits)
+        if self.label_smoothing or self.z_loss:
+            raise ValueError(
+                f"Labels are smoothed, and a z-loss is added, in a loss of tokens, got "
+                f"label_smoothing={self.label_smoothing}, z_loss={self.z_loss} with labels of "
+                f"rows: set them to 0, or leave labels out and make a loss of the logits."
+            )
         module: Any = self.module
         loss = module.loss_function(
             logits=logits, labels=labels, pooled_logits=logits, config=module.config

@@ -71,6 +71,18 @@ class MeshAccelerator(Accelerator):
         """The values of all batch ranks, one after the other in dim 0."""
         return recursively_apply(self._gather_one, tensor, error_on_other_type=True)
 
+    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
+        """The values of all batch ranks, lists of objects too, but for what a loader repeats."""
+        if not use_gather_object and _has_tensors_alone(input_data):
+            return super().gather_for_metrics(input_data)
+        parts: list[Any] = [input_data] * self.num_processes
+        if self.mesh.batch is not None:
+            dist.all_gather_object(parts, input_data, group=self.mesh.batch.get_group())
+        objects = [x for part in parts for x in part]
+        state = self.gradient_state
+        left = state.remainder if state.end_of_dataloader else 0
+        return objects[:left] if left > 0 else objects
+
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
         """Over batch ranks, each of which counts once; `scale` is for other devices, as ever."""
 
@@ -97,6 +109,14 @@ class MeshAccelerator(Accelerator):
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
         norm = super().clip_grad_norm_(parameters, max_norm, norm_type)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _has_tensors_alone(data: Any) -> bool:
+    try:
+        recursively_apply(lambda x: x, data, error_on_other_type=True)
+    except TypeError:
+        return False
+    return True
 
 
 def _show_batches(loader: Any, look_at: Callable[[Any], None]) -> None:

@@ -125,6 +125,30 @@ def smooths_by_itself(trainer: type) -> bool:
     return "SFTTrainer" in names_of_trl(trainer)
 
 
+def check_parts_of_loss(trainer: Any, z_loss: float, *, of_tokens: bool) -> None:
+    """Refuse parts of a loss of tokens that a trainer's own loss would leave out without a word.
+
+    Args:
+        of_tokens: whether labels are those of tokens, and not of rows.
+    Raises:
+        ValueError: smoothing or a z-loss that nothing computes.
+    """
+    of_trl = bool(names_of_trl(type(trainer)))
+    smooths = not of_trl or smooths_by_itself(type(trainer))
+    adds = of_tokens and not of_trl and trainer.compute_loss_func is None
+    smoothing = trainer.args.label_smoothing_factor
+    for name, value, has in (
+        ("label_smoothing_factor", smoothing, smooths),
+        ("z_loss", z_loss, adds),
+    ):
+        if value and not has:
+            raise ValueError(
+                f"A trainer on a mesh takes the parts of a loss that it computes, got {name}="
+                f"{value} with the own loss of {type(trainer).__name__}, which has no such part: "
+                f"set it to 0."
+            )
+
+
 def check_launch(accelerator: Any, mesh: ParallelMesh) -> None:
     """Refuse an environment that says something else than the mesh.
 
@@ -217,6 +241,7 @@ def _refused(args: Any, mesh: ParallelMesh) -> Iterator[tuple[str, Any, str]]:
         "neftune_noise_alpha": "leave it out, for noise would depend on the mesh",
         "activation_offloading": "recompute activations instead, by gradient_checkpointing",
         "use_liger_kernel": "leave it out, for it replaces the forward that is on the mesh",
+        "debug": "leave it out, for its hooks print whole tensors, and a rank has shards",
         "eval_use_gather_object": "leave it False, for ranks of a cp group give the same",
     }.items():
         value = getattr(args, name, None)

@@ -32,6 +32,7 @@ from dtcp.trainers.arguments import (
     check_given_optimizer,
     check_launch,
     check_optimizer_name,
+    check_parts_of_loss,
     check_placed_as_asked,
     check_reference,
     check_trained_model,
@@ -53,10 +54,10 @@ from dtcp.trainers.repeated_rows import ignore_repeated
 from dtcp.trainers.rewards import is_first_rank
 from dtcp.trainers.saved import (
     RANDOM_STATES,
+    as_batch_rank,
     check_random_states,
     load_optimizer,
     load_weights,
-    random_states_of_batch_ranks,
     save_optimizer,
     save_weights,
 )
@@ -144,9 +145,11 @@ class MeshTrainerMixin(PolicyRows):
         check_given_optimizer(self.optimizer, self.model)
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             check_optimizer_name(self.args)
-        if not smooths_by_itself(type(self)):
+        of_tokens = last_token_mixer(self.model) is None
+        if of_tokens and not smooths_by_itself(type(self)):
             self.label_smoother = None  # the model's loss has it
-        self.model_accepts_loss_kwargs = last_token_mixer(self.model) is None
+        check_parts_of_loss(self, z_loss, of_tokens=of_tokens)
+        self.model_accepts_loss_kwargs = of_tokens
         if trains_policy(type(self)):
             self._share_rollouts(sync_weights)
 
@@ -195,6 +198,11 @@ class MeshTrainerMixin(PolicyRows):
         """This rank's part of the group's, whose ranks the trainer adds up."""
         whole: float = super().floating_point_ops(inputs)  # type: ignore[misc]
         return whole / (self.mesh.size("cp") * self.mesh.size("tp"))
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Whose workers draw the same random numbers on all ranks of a cp and tp group."""
+        with as_batch_rank(self):
+            return super()._get_dataloader(*args, **kwargs)  # type: ignore[misc]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Of the parameters as they are sharded, whatever the model was evaluated on."""
@@ -342,7 +350,7 @@ class MeshTrainerMixin(PolicyRows):
 
     def _save_rng_state(self, output_dir: str) -> None:
         if is_first_rank(self.mesh):
-            with random_states_of_batch_ranks(self):
+            with as_batch_rank(self):
                 super()._save_rng_state(str(Path(output_dir) / RANDOM_STATES))  # type: ignore[misc]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -350,7 +358,7 @@ class MeshTrainerMixin(PolicyRows):
             return
         if self.args.process_index == 0:
             check_random_states(Path(checkpoint))
-        with random_states_of_batch_ranks(self):
+        with as_batch_rank(self):
             super()._load_rng_state(str(Path(checkpoint) / RANDOM_STATES))  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

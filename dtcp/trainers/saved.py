@@ -92,11 +92,12 @@ def load_optimizer(model: nn.Module, optimizer: Any, folder: Path) -> None:
 
 
 @contextmanager
-def random_states_of_batch_ranks(trainer: Any) -> Iterator[None]:
-    """Let a Trainer name files of random states by batch ranks, as any mesh and one rank have them.
+def as_batch_rank(trainer: Any) -> Iterator[None]:
+    """Inside, a Trainer's arguments say that it is a process for each batch rank.
 
-    transformers names them by processes, and in another way where there is one; rows are shuffled,
-    and completions drawn, by numbers that all ranks of a cp and tp group share.
+    transformers names files of random states, and seeds workers of loaders, by processes, and in
+    another way where there is one; rows are shuffled and masked, and completions drawn, by numbers
+    that all ranks of a cp and tp group share.
     """
     own = trainer.args
     trainer.args = _ArgumentsOfBatchRank(own, trainer.mesh.rank("batch"))

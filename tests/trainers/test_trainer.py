@@ -3,6 +3,7 @@
 import json
 import re
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,15 @@ from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
-from trl import BEMACallback, DistillationTrainer, DPOTrainer, RLOOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    BEMACallback,
+    DistillationTrainer,
+    DPOTrainer,
+    RewardTrainer,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from trl.experimental.orpo import ORPOTrainer
 
 from dtcp.distributed.gathered import free_gathered
@@ -24,8 +33,10 @@ from dtcp.huggingface.install import has_mixers
 from dtcp.parallelize import Compile, parallelize_hf
 from dtcp.parallelize.compile import has_compiled_blocks
 from dtcp.trainers import MeshTrainerMixin
+from dtcp.trainers.accelerator import MeshAccelerator
 from dtcp.trainers.arguments import (
     check_launch,
+    check_parts_of_loss,
     check_reference,
     check_training_arguments,
     computes_on_rows,
@@ -117,6 +128,7 @@ def test_trainer_of_ones_own_trains_saves_and_resumes_as_one_process():
         ({"use_liger_kernel": True}, "use_liger_kernel=True"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True: leave it"),
         ({"train_sampling_strategy": "batch_rebalance"}, "not to batch ranks"),
+        ({"debug": "underflow_overflow"}, "a rank has shards"),
     ],
 )
 def test_trainer_refuses_arguments_that_a_mesh_would_ignore(tmp_path, change, match):
@@ -278,6 +290,73 @@ def test_trainer_of_a_model_with_lora_dropout_is_refused(tmp_path):
     config = LoraConfig(target_modules=["q_proj"], lora_dropout=0.05)
     with pytest.raises(ValueError, match=r"lora_dropout.*dropout=0.05 in training would depend"):
         MeshTrainer(get_peft_model(build("llama"), config), arguments(tmp_path), mesh=ONE_RANK)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "asked", "refused"),
+    [
+        (Trainer, {"smoothing": 0.1, "z_loss": 0.01}, None),
+        (Trainer, {"smoothing": 0.1, "of_tokens": False}, None),
+        (Trainer, {"z_loss": 0.01, "of_tokens": False}, "z_loss=0.01"),
+        (Trainer, {"z_loss": 0.01, "compute_loss_func": print}, "z_loss=0.01"),
+        (SFTTrainer, {"smoothing": 0.1}, None),
+        (SFTTrainer, {"z_loss": 0.01}, "z_loss=0.01"),
+        (DPOTrainer, {"smoothing": 0.1}, "label_smoothing_factor=0.1"),
+        (RewardTrainer, {"smoothing": 0.1, "of_tokens": False}, "label_smoothing_factor=0.1"),
+        (RewardTrainer, {"z_loss": 0.01, "of_tokens": False}, "z_loss=0.01"),
+    ],
+)
+def test_parts_of_a_loss_that_a_trainer_does_not_compute_are_refused(trainer, asked, refused):
+    """TRL's losses, those of rows and those of a function leave them out without a word."""
+    mine = object.__new__(type("Mine", (MeshTrainerMixin, trainer), {}))
+    mine.args = SimpleNamespace(label_smoothing_factor=asked.get("smoothing", 0.0))
+    mine.compute_loss_func = asked.get("compute_loss_func")
+    expected = (
+        pytest.raises(ValueError, match=f"got {refused} with the own loss of Mine")
+        if refused
+        else nullcontext()
+    )
+    with expected:
+        check_parts_of_loss(mine, asked.get("z_loss", 0.0), of_tokens=asked.get("of_tokens", True))
+
+
+@spmd(ranks=1)
+def test_trainer_smooths_labels_of_rows_as_transformers_does(mesh):
+    whole = ParallelMesh.from_degrees(Degrees(), "cpu")
+    head = {"head": "SequenceClassification", "num_labels": 3}
+    plain, labels = build("llama", **head), torch.tensor([2, 0])
+    rows = {"input_ids": torch.randint(1, 64, (2, 12))}
+    with tempfile.TemporaryDirectory() as folder:
+        args = arguments(folder, label_smoothing_factor=0.3)
+        trainer = MeshTrainer(build("llama", **head), args, mesh=whole)
+    loss = trainer.compute_loss(trainer.rows_model, {**rows, "labels": labels})
+    log_probs = plain(**rows).logits.log_softmax(-1)
+    expected = 0.7 * log_probs.gather(1, labels[:, None]).mean() + 0.3 * log_probs.mean()
+    torch.testing.assert_close(loss, -expected)
+    with pytest.raises(ValueError, match=r"label_smoothing=0.3, z_loss=0.0 with labels of rows"):
+        trainer.rows_model(**rows, labels=labels)
+
+
+def test_workers_of_a_loader_draw_the_random_numbers_of_their_batch_rank(tmp_path):
+    """A collator that masks tokens at random masks the same ones on all ranks of a group."""
+    args = arguments(tmp_path, dataloader_num_workers=2)
+    rows = [{"input_ids": [1, 2]}] * 4
+    trainer = MeshTrainer(build("llama"), args, mesh=ONE_RANK, train_dataset=rows)
+    trainer.mesh = SimpleNamespace(rank={"batch": 5}.get)
+    seeds = trainer.get_train_dataloader().base_dataloader.worker_init_fn.keywords
+    assert seeds == {"num_workers": 2, "rank": 5}
+    assert trainer.args is args
+
+
+@spmd(ranks=4)
+def test_objects_are_gathered_of_each_batch_rank_once(mesh):
+    """accelerate gathers those of all processes, and a cp group is one."""
+    on = ParallelMesh.from_degrees(Degrees(dp_shard=2, cp=2), "cpu")
+    accelerator = object.__new__(MeshAccelerator)
+    accelerator.mesh, rank = on, on.rank("batch")
+    for ended, expected in ((False, ["0a", "0b", "1a", "1b"]), (True, ["0a", "0b", "1a"])):
+        accelerator.gradient_state = SimpleNamespace(end_of_dataloader=ended, remainder=3)
+        assert accelerator.gather_for_metrics([f"{rank}a", f"{rank}b"]) == expected
 
 
 @spmd(ranks=1)
