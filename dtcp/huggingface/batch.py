@@ -27,6 +27,7 @@ from dtcp.huggingface.images import (
 from dtcp.huggingface.install import check_has_mixers, model_with_mixers
 from dtcp.huggingface.padding_ids import check_counted_ids
 from dtcp.huggingface.pooled_head import check_last_tokens, last_token_mixer
+from dtcp.huggingface.pooled_head import check_last_tokens, check_pad_token, last_token_mixer
 from dtcp.huggingface.positions import check_longest
 from dtcp.huggingface.rotary_lengths import last_position
 from dtcp.huggingface.router_logits import balance_loss_of_batch, balance_weight, is_balanced
@@ -226,6 +227,7 @@ def _rows_of(batch: Mapping[str, Any], model: nn.Module, *, for_token_loss: bool
     fields = DEFAULT_FIELDS
     if pooling is not None:
         if "input_ids" in rows:
+            check_pad_token(model, pooling)
             check_last_tokens(rows["input_ids"], documents, pooling.pad_token_id)
         fields = {**fields, "labels": WHOLE}
     elif "labels" in rows and getattr(model, "loss_type", None) not in LABELED_IN_PLACE:

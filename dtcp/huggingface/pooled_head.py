@@ -106,6 +106,17 @@ def check_last_tokens(input_ids: Tensor, documents: Documents, pad_token_id: int
             )
 
 
+def check_pad_token(model: Any, head: LastToken) -> None:
+    """Refuse another padding token than the one by which the head was found, as TRL may set it."""
+    pad_token_id = model.config.get_text_config().pad_token_id
+    if pad_token_id != head.pad_token_id:
+        raise ValueError(
+            f"A head that pools reads last tokens by the padding token that its model was put on "
+            f"its mesh with, got config.pad_token_id={pad_token_id} for {head.pad_token_id}: set "
+            f"it before parallelize_hf, or give a Trainer the model as it was built."
+        )
+
+
 def _heads(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     trunk = getattr(model, "base_model", model)
     for name, module in model.named_children():

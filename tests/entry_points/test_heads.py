@@ -104,6 +104,15 @@ def test_B1_padding_that_the_model_would_read_is_refused():
         shard_hf_batch(a_batch(PAD), one(), model=model)
 
 
+def test_B1_padding_token_that_is_set_after_the_model_was_placed_is_refused():
+    """As TRL's RewardTrainer sets the tokenizer's: a row's end would have been another token."""
+    model = build("llama", head="SequenceClassification", **HEAD, pad_token_id=EOS)
+    install_mixers(model)
+    model.config.pad_token_id = PAD
+    with pytest.raises(ValueError, match=rf"pad_token_id={PAD} for {EOS}: set it before"):
+        shard_hf_batch(a_batch(PAD), one(), model=model)
+
+
 class Rewards(LlamaPreTrainedModel):
     """A reward model as people write them: a value head, and what it gives for one token."""
 
