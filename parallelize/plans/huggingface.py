@@ -265,10 +265,13 @@ def _check_whole_weights(model: nn.Module) -> None:
 
 def _check_device_of_quantized(model: nn.Module, mesh: ParallelMesh) -> None:
     """Refuse quantized weights that are elsewhere than their rank computes: nothing moves them."""
+    layers = quantized_layers(model)
+    if not layers:
+        return
     own = torch.device(mesh.device_mesh.device_type)
     if own.type != "cpu":
         own = torch.device(own.type, torch.get_device_module(own).current_device())
-    for name, layer in quantized_layers(model).items():
+    for name, layer in layers.items():
         for x in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
             if x.device != own:
                 raise ValueError(
