@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -167,7 +167,7 @@ class Attempt:
             raise _absent(room["absent"])
         if room["refusal"]:
             raise RefusedTogether(room["refusal"])
-        hellos = [json.loads(each)[1:] for each in room["hellos"]]
+        hellos = read_hellos(room["hellos"])
         refuse_loopback({name: address for name, _, address in hellos})
         self.peers = tuple(Peer(i, name, pid) for i, (name, pid, _) in enumerate(hellos))
         os.environ[AGENT_STORE], os.environ[ATTEMPT] = f"{host}:{port}", room["name"]
@@ -238,6 +238,22 @@ class Attempt:
         raise AbsentRanks(
             f"All ranks of a run start together, got rank {rank} on {host} that has ended: {text}"
         )
+
+
+def read_hellos(texts: Sequence[str]) -> list[tuple[str, int, str]]:
+    """Host, process and gloo's address of each rank.
+
+    Raises:
+        RefusedTogether: naming a rank whose code says hello in another way.
+    """
+    hellos = [tuple(json.loads(text)[1:]) for text in texts]
+    for rank, hello in enumerate(hellos):
+        if len(hello) != 3:
+            raise RefusedTogether(
+                f"All ranks of a run have the same code, got rank {rank} on {hello[0]} with "
+                f"another version of dtcp: install the same on every host."
+            )
+    return hellos
 
 
 def _reach(host: str, port: int, seconds: float) -> TCPStore:

@@ -120,6 +120,13 @@ def test_survive_E10_hosts_where_gloo_would_listen_to_itself_are_refused(monkeyp
     assert attempt.gloo_address() == ""
 
 
+def test_never_silent_a_host_whose_version_says_hello_in_another_way():
+    hellos = [json.dumps(["id", "a", 7, "10.0.0.1"]), json.dumps(["id", "b", 8])]
+    assert attempt.read_hellos(hellos[:1]) == [("a", 7, "10.0.0.1")]
+    with pytest.raises(ValueError, match="got rank 1 on b with another version of dtcp"):
+        attempt.read_hellos(hellos)
+
+
 @pytest.mark.slow
 def test_survive_E10_a_rank_that_is_stopped_is_named_last(more_cases):
     code, lines = more_cases["frozen"]
