@@ -151,6 +151,8 @@ def _placeless(fingerprint: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse(what: str, own: T, differences: Callable[[T, T], list[str]], remedy: str) -> None:
+    if not dist.is_initialized():
+        return  # one process, which is like itself
     found = differences(agree(lambda: own), own)
     of_ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(of_ranks, (found[:NAMED], max(0, len(found) - NAMED)))
