@@ -103,6 +103,17 @@ def shard_parameters(
         if isinstance(module, FSDPModule):
             gather_in_own_dtype(module, kept)
             _sum_gradients(module)
+            _leave_forward(type(module))
+
+
+def _leave_forward(kind: type) -> None:
+    """Let a class that fully_shard has made have the forward of the class it was made of.
+
+    transformers (5.24) gives each subclass of its layers a forward that checkpoints, if it is the
+    class's own: a block's, which was put on the block before, would checkpoint nothing.
+    """
+    if "forward" in vars(kind):
+        del kind.forward  # type: ignore[attr-defined]
 
 
 class _ExpertPlacement:

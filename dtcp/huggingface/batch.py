@@ -26,7 +26,6 @@ from dtcp.huggingface.images import (
 )
 from dtcp.huggingface.install import check_has_mixers, model_with_mixers
 from dtcp.huggingface.padding_ids import check_counted_ids
-from dtcp.huggingface.pooled_head import check_last_tokens, last_token_mixer
 from dtcp.huggingface.pooled_head import check_last_tokens, check_pad_token, last_token_mixer
 from dtcp.huggingface.positions import check_longest
 from dtcp.huggingface.rotary_lengths import last_position

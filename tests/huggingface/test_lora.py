@@ -95,7 +95,11 @@ def test_gradient_checkpointing_of_transformers_equals_one_device(mesh, lora):
     models = [adapted() if lora else build("llama") for _ in range(2)]
     model, parallel_mesh = on_mesh_of(models[1], Degrees(cp=2))
     model.gradient_checkpointing_enable()
+    ran = []
+    norm = next(x for name, x in model.named_modules() if name.endswith("0.input_layernorm"))
+    norm.register_forward_pre_hook(lambda *_: ran.append(1))
     assert_same_step(models[0], model, parallel_mesh)
+    assert len(ran) == 2  # once more in the backward pass
 
 
 @spmd(ranks=2)

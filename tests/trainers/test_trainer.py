@@ -33,7 +33,6 @@ from dtcp.huggingface.install import has_mixers
 from dtcp.parallelize import Compile, parallelize_hf
 from dtcp.parallelize.compile import has_compiled_blocks
 from dtcp.trainers import MeshTrainerMixin
-from dtcp.trainers.accelerator import MeshAccelerator
 from dtcp.trainers.arguments import (
     check_launch,
     check_parts_of_loss,
@@ -346,17 +345,6 @@ def test_workers_of_a_loader_draw_the_random_numbers_of_their_batch_rank(tmp_pat
     seeds = trainer.get_train_dataloader().base_dataloader.worker_init_fn.keywords
     assert seeds == {"num_workers": 2, "rank": 5}
     assert trainer.args is args
-
-
-@spmd(ranks=4)
-def test_objects_are_gathered_of_each_batch_rank_once(mesh):
-    """accelerate gathers those of all processes, and a cp group is one."""
-    on = ParallelMesh.from_degrees(Degrees(dp_shard=2, cp=2), "cpu")
-    accelerator = object.__new__(MeshAccelerator)
-    accelerator.mesh, rank = on, on.rank("batch")
-    for ended, expected in ((False, ["0a", "0b", "1a", "1b"]), (True, ["0a", "0b", "1a"])):
-        accelerator.gradient_state = SimpleNamespace(end_of_dataloader=ended, remainder=3)
-        assert accelerator.gather_for_metrics([f"{rank}a", f"{rank}b"]) == expected
 
 
 @spmd(ranks=1)
