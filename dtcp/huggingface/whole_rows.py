@@ -93,6 +93,8 @@ class WholeRows(nn.Module):
         self.linear_head = LinearHead(module) if linear_head else None
         self.gathers_logits = False
         """Whether a call with labels gives logits, too: [B, S, V] on every rank."""
+        self.gave_share = False
+        """Whether the last loss was this batch rank's part of that of all rows."""
         self._prefetched = PrefetchedRows(self._prepared)
 
     def prepare_ahead(self, rows: Mapping[str, Any]) -> None:
@@ -184,6 +186,7 @@ class WholeRows(nn.Module):
         else:
             logits = out.logits if head is None else head.logits(out.logits)
             outputs = RowOutputs(loss=self._loss(logits, targets, items, aux))
+            self.gave_share = items is not None
             if self.gathers_logits:
                 outputs["logits"] = self._given(_whole_logits(out.logits, sharded))
         if aux is not None:

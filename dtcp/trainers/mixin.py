@@ -314,22 +314,18 @@ class MeshTrainerMixin(PolicyRows):
     ) -> Any:
         rows = self._wrap_model(model)
         rows.gathers_logits = self._gives_logits = not prediction_loss_only
+        rows.gave_share = False
         self._ignore_repeated(inputs)
         try:
             loss, *others = super().prediction_step(  # type: ignore[misc]
                 rows, inputs, prediction_loss_only, ignore_keys=ignore_keys
             )
-            if self._is_share(loss):
+            if loss is not None and rows.gave_share and self.mesh.batch is not None:
                 # Of the rows of all batch ranks, as one process has it: some are not counted.
                 loss = self.accelerator.gather(loss).mean()
             return (loss, *others)
         finally:
             rows.gathers_logits = self._gives_logits = False
-
-    def _is_share(self, loss: Tensor | None) -> bool:
-        """Whether a loss is this batch rank's share of that of all rows, times the batch ranks."""
-        of_all = self.model_accepts_loss_kwargs and not computes_on_rows(type(self))
-        return loss is not None and of_all and self.mesh.batch is not None
 
     # Files: written and read by all ranks together, the same on any mesh.
 

@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,12 @@ TWO_SEQUENCES: dict[str, dict[str, Any]] = {
 }
 
 
-class MeshTrainer(MeshTrainerMixin, Trainer):
-    pass
+class Doubling(Trainer):
+    """A loss of one's own that is made of transformers'."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **by: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **by)
+        return (2 * loss, outputs) if return_outputs else 2 * loss
 
 
 class MeshSFTTrainer(MeshTrainerMixin, SFTTrainer):
@@ -93,6 +98,7 @@ def trainer_of(
     folder: str,
     kind: str,
     *,
+    base: type = Trainer,
     flattened: bool = False,
     rows: int = 16,
     **change: Any,
@@ -114,7 +120,8 @@ def trainer_of(
         "data_collator": collator,
         **own,
     }
-    return Trainer(**options) if mesh is None else MeshTrainer(**options, mesh=mesh)
+    on_mesh: Any = type("MeshTrainer", (MeshTrainerMixin, base), {})
+    return base(**options) if mesh is None else on_mesh(**options, mesh=mesh)
 
 
 def many(mesh: ParallelMesh | None, folder: str) -> Any:
@@ -142,12 +149,13 @@ def many(mesh: ParallelMesh | None, folder: str) -> Any:
     return trainer
 
 
-def uneven(mesh: ParallelMesh | None, folder: str) -> Any:
+def uneven(mesh: ParallelMesh | None, folder: str, base: type = Trainer) -> Any:
     """Epochs and evaluations that end in a part of a batch, of which one rank has no row."""
     trainer = trainer_of(
         mesh,
         folder,
         "hybrid",
+        base=base,
         rows=11,
         compute_metrics=metrics,
         max_steps=-1,
@@ -322,6 +330,7 @@ def metrics_of_decoder(predicted: Any) -> dict[str, float]:
 CASES = {
     "many": many,
     "uneven": uneven,
+    "uneven_doubled": partial(uneven, base=Doubling),
     "flattened": flattened,
     "compiled": compiled,
     "preferences": preferences,
@@ -333,7 +342,7 @@ CASES = {
     "bart": bart,
     "adapted_two_sequences": adapted_two_sequences,
 }
-DEALT = ("uneven",)
+DEALT = ("uneven", "uneven_doubled")
 """Cases in which ranks read different rows."""
 Logs = list[dict[str, float]]
 

@@ -7,7 +7,7 @@ import pytest
 from tests.harness.run_script import run_forked
 
 CASES = {
-    "rows": ("many", "uneven", "flattened", "compiled"),
+    "rows": ("many", "uneven", "uneven_doubled", "flattened", "compiled"),
     "preferences": (
         "preferences",
         "many_preferences",
