@@ -17,7 +17,7 @@ HARMLESS = (
     "logits_to_keep",
 )
 """Arguments of an attention call that repeat what mask, positions and the model's call say."""
-WRITTEN_AGAIN = ("num_selected", "compressed", "relative_bias")
+WRITTEN_AGAIN = ("num_selected", "pooled", "compressed", "relative_bias")
 """Arguments of the calls in forwards that are written again (own_attention.py)."""
 BY_PADDING = (
     "it says is_causal=False and is handed a causal mask, which transformers leaves out where sdpa "
@@ -75,7 +75,21 @@ def problems_of(
             f"its indexer picks blocks for {picked.picked_by.q.shape[2]} heads, and the keys that "
             f"are read have {k.shape[2]}: give its config one index head for each."
         )
-    picks = arguments.get("num_selected") or picked is not None
+    problems += _problems_of_picking(module, mask, arguments)
+    if arguments.get("compressed") is not None and mask is not None and not window_of(mask):
+        problems.append(
+            f"compressed entries are read beside a window of keys up to the query's, and its mask "
+            f"is {mask}: give its config a sliding_window."
+        )
+    return problems
+
+
+def _problems_of_picking(
+    module: nn.Module, mask: Mask | None, arguments: dict[str, Any]
+) -> list[str]:
+    """Why what an indexer picks is not read, in sentences."""
+    problems = []
+    picks = arguments.get("num_selected") or arguments.get(BLOCK_INDICES) is not None
     if picks and mask is not None and mask != Causal():
         problems.append(
             f"an indexer picks tokens of a document up to the query's, and its mask is {mask}: "
@@ -86,10 +100,12 @@ def problems_of(
             f"it reads the latents of the tokens that an indexer picks, and its {PROJECTION} is "
             f"no plain projection: leave adapters and biases out of that."
         )
-    if arguments.get("compressed") is not None and mask is not None and not window_of(mask):
+    pool_len, reads_tail = arguments.get("pooled") or (1, True)
+    if pool_len > 1 and not reads_tail:
         problems.append(
-            f"compressed entries are read beside a window of keys up to the query's, and its mask "
-            f"is {mask}: give its config a sliding_window."
+            f"its indexer picks pools of {pool_len} tokens and no others, so that the first "
+            f"{pool_len - 1} queries of a document read nothing, of which transformers makes what "
+            f"its kernel does: set index_kpool_always_select_tail = True in its config."
         )
     return problems
 

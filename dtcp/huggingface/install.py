@@ -32,7 +32,7 @@ from dtcp.huggingface.positions import (
 )
 from dtcp.huggingface.query_temperature import install_query_temperature
 from dtcp.huggingface.recorder import SurveyedAttention, survey_mask
-from dtcp.huggingface.recurrent_layers import install_recurrent_mixers
+from dtcp.huggingface.recurrent_layers import OWN_MASK, install_recurrent_mixers
 from dtcp.huggingface.rotary_lengths import install_rotary_lengths
 from dtcp.huggingface.router_logits import leave_out_own_balance
 from dtcp.huggingface.survey import Survey, survey
@@ -69,7 +69,7 @@ def install_mixers(model: Any) -> Survey:
     for attention in result.attentions:
         _install_attention(model.get_submodule(attention.name), attention)
     for name in result.own_masks:
-        vars(model.get_submodule(name))[registry.OWN_MASK] = True
+        vars(model.get_submodule(name))[OWN_MASK] = True
     install_recurrent_mixers(model, result.recurrent)
     install_capacity(model)
     install_bias_tables(model)

@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from dtcp.huggingface.picking_attention import INDEXER, OWN_INDEXER
+from dtcp.huggingface.picking_forms import FORMS
 from dtcp.huggingface.quantized import is_quantized_layer
 from dtcp.huggingface.registry import MIXER, PROJECTION
 from dtcp.softmax.mixer import LatentAttention, SoftmaxAttention
-from dtcp.sparse_latent import LightningIndexer
+from dtcp.sparse_latent import LightningIndexer, PooledIndexer
 
 
 def hands_on_latents(attention: nn.Module) -> bool:
@@ -55,9 +56,16 @@ def read_picked_latents(attention: nn.Module, num_selected: int) -> None:
 
     One without an indexer reads what the layer before it read.
     """
-    if getattr(attention, OWN_INDEXER, None) is not None:
-        attention.add_module(INDEXER, LightningIndexer(num_selected))
+    indexer: Any = getattr(attention, OWN_INDEXER, None)
+    if indexer is not None:
+        attention.add_module(INDEXER, _indexer(attention, indexer, num_selected))
     _hand_on_latents(attention)
+
+
+def _indexer(attention: nn.Module, indexer: Any, num_selected: int) -> nn.Module:
+    if not FORMS[type(attention).__name__].pools:
+        return LightningIndexer(num_selected)
+    return PooledIndexer(num_selected // indexer.index_kpool, indexer.index_kpool)
 
 
 def _hand_on_latents(attention: nn.Module) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from dtcp.autocast import as_autocast_casts
 from dtcp.huggingface.attend_by_name import ROPE, attend_by_name, check_no_cache
@@ -19,6 +21,9 @@ from dtcp.kernels.dtypes import accumulation
 Latents = MutableMapping[str, tuple[Tensor, Tensor]]
 """Of layers whose latents others read: [B, 1, L, C] and turned rotary keys, by their kind."""
 
+Tables = tuple[Tensor, ...]
+"""Cosines and sines of positions; nothing where no channel is turned."""
+
 OWN_INDEXER, INDEXER = "indexer", "dtcp_indexer"
 """Names in the attention module: of the model's own indexer, and of its mixer."""
 
@@ -26,7 +31,7 @@ OWN_INDEXER, INDEXER = "indexer", "dtcp_indexer"
 def _attend_to_picked(
     self: Any,
     hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
+    position_embeddings: tuple[Tensor, Tensor] | None,
     attention_mask: Any = None,
     position_ids: Tensor | None = None,
     prev_topk_indices: Tensor | None = None,
@@ -34,14 +39,17 @@ def _attend_to_picked(
     **kwargs: Any,
 ) -> tuple[Any, ...]:
     check_no_cache(self, kwargs)
-    form = getattr(self, FORM)
+    form, tables = getattr(self, FORM), position_embeddings or ()
+    if form.pools:
+        # One of padding, [B, L], of which the model makes one of ones where it is given none.
+        attention_mask = None
     residual, q, gate = form.queries(self, hidden_states)
     if form.scales_queries:
         q = self.softmax_scaling(q, position_ids, head_dim_first=False)
-    q, k, v = _queries_and_latents(self, hidden_states, q, position_embeddings, shared_kv_states)
+    q, k, v = _queries_and_latents(self, hidden_states, q, tables, shared_kv_states)
     metadata, selected = kwargs.get("attn_metadata"), prev_topk_indices
     if self.indexer is not None:
-        at = position_embeddings, position_ids
+        at = tables, position_ids
         selected = _picked(self, hidden_states, residual, *at, metadata)
     kwargs |= _arguments(self, selected)
     out = attend_by_name(self, q, k, v, attention_mask, **kwargs)
@@ -55,7 +63,7 @@ def _queries_and_latents(
     module: Any,
     hidden_states: Tensor,
     q: Tensor,
-    tables: tuple[Tensor, Tensor],
+    tables: Tables,
     shared: Latents | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries [B, H, L, D] of [B, L, H, D]; and keys and values, as `expand_kv` says."""
@@ -85,7 +93,7 @@ def _picked(
     module: Any,
     hidden_states: Tensor,
     residual: Tensor,
-    tables: tuple[Tensor, Tensor],
+    tables: Tables,
     position_ids: Tensor | None,
     attn_metadata: Any,
 ) -> Tensor | None:
@@ -94,7 +102,10 @@ def _picked(
     None where the module has no mixers, while it is surveyed.
     """
     mixer = getattr(module, INDEXER, None)
+    operands: tuple[Tensor, ...]
     operands = _index_operands(module, hidden_states, residual, tables, position_ids)
+    if getattr(module, FORM).pools:
+        operands += _pool_weights(module.indexer, hidden_states)
     if mixer is None:
         return None
     selected: Tensor = mixer(*operands, attn_metadata)
@@ -105,7 +116,7 @@ def _index_operands(
     module: Any,
     hidden_states: Tensor,
     residual: Tensor,
-    tables: tuple[Tensor, Tensor],
+    tables: Tables,
     position_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries [B, L, H, D], a weight for each, scaled, and keys [B, L, D] of an indexer."""
@@ -123,7 +134,9 @@ def _index_operands(
         if module.qk_rope_head_dim:
             q, key = _turned_index(module, q, key, tables)
         # Norms and rotary tables give fp32 under autocast; scores are then products of its dtype.
-        q, key = as_autocast_casts(q, key)
+        q, cast = as_autocast_casts(q, key)
+        # Pooled before they are.
+        key = key if getattr(module, FORM).pools else cast
         # So it may this one.
         weight = indexer.weights_proj(hidden_states.to(indexer.weights_proj.weight.dtype))
         weight = weight.to(accumulation(weight.dtype))
@@ -132,9 +145,15 @@ def _index_operands(
     return q, weight, key[:, :, 0]
 
 
-def _turned_index(
-    module: Any, q: Tensor, key: Tensor, tables: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def _pool_weights(indexer: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """What an indexer weighs keys in a pool by: of each token [B, L, D], of its place [N, D]."""
+    made = indexer.index_kpool_compress_gate, indexer.index_kpool_compress_ape
+    of_tokens, of_places = (x.to_local() if isinstance(x, DTensor) else x for x in made)
+    return F.linear(hidden_states, of_tokens), of_places
+
+
+def _turned_index(module: Any, q: Tensor, key: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
     """Queries and keys of an indexer, turned by positions in some of their channels."""
     indexer, last = module.indexer, getattr(module, FORM).index_rotary_last
     rotary = indexer.qk_rope_head_dim
@@ -154,7 +173,11 @@ def _arguments(module: Any, selected: Tensor | None) -> dict[str, Any]:
         number = module.indexer.index_topk
     elif getattr(module, FORM).hands_on:
         number = module.config.index_topk
+    pooled = None
+    if getattr(module, FORM).pools:
+        pooled = module.config.index_kpool, module.config.index_kpool_always_select_tail
     return {
+        "pooled": pooled,
         "selected": selected,
         "num_selected": number,
         "scaling": module.scaling,

@@ -11,6 +11,8 @@
                                                          normed rotary keys
     Mistral Large 4 hidden states, scaled by positions   shared choices,     pairs, first
                                                          shared latents
+    GLM-5-Next      the residual                         shared choices,     none
+                                                         pools of tokens
 
 The residual is the normed latent of a query, [B, L, Cq], of which indexers make theirs, too; of
 Mistral Large 4, whose queries have none, the hidden states, which its indexers norm themselves.
@@ -90,6 +92,7 @@ class PickingForm:
         scales_queries: whether queries, of indexers, too, are scaled by their positions.
         hands_on: whether a layer without an indexer reads what one before it picked.
         wide_tables: whether rotary tables are fp32 whatever the model computes in.
+        pools: whether an indexer picks pools of tokens; its layers are given no mask of pairs.
     """
 
     queries: Callable[[Any, Tensor], Queries] = _plain_queries
@@ -100,6 +103,7 @@ class PickingForm:
     scales_queries: bool = False
     hands_on: bool = False
     wide_tables: bool = False
+    pools: bool = False
 
 
 _HY_V4 = PickingForm(_hy_v4_queries, rope=_HALVES, index_rotary_last=True, hands_on=True)
@@ -113,6 +117,7 @@ FORMS: Mapping[str, PickingForm] = {
     "Dots3NoteTextAttention": PickingForm(
         _dots3_queries, _dots3_latents, index_rope=_PAIRS, wide_tables=True
     ),
+    "Glm5NextTextAttention": PickingForm(hands_on=True, pools=True),
     "MistralLarge4TextAttention": PickingForm(
         _mistral_queries, index_rope=_PAIRS, scales_queries=True, hands_on=True
     ),

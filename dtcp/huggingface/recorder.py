@@ -18,7 +18,7 @@ from dtcp.huggingface.registry import RECORDER, fixed_arguments
 from dtcp.mixer import Mixer
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.masks import Bidirectional, Mask
+from dtcp.sequence.masks import Bidirectional, Causal, Mask
 from dtcp.softmax.mixer import CrossAttention, SoftmaxAttention
 from dtcp.sparse.mixer import CompressedSparseAttention, Compression
 from dtcp.sparse_blocks import SparseBlockAttention
@@ -121,6 +121,13 @@ class Recorder:
         around = (each for each in self._given if name.startswith(f"{each}."))
         self.givers[max(around, key=len, default="")] = None
 
+    def note_own_mask(self, layer: nn.Module, mask: Tensor) -> None:
+        """Note that a recurrent layer is handed a mask that the model made: of ones, or not."""
+        if bool(mask.all()):
+            self.made_masks, self.own_masks[self.names[layer]] = True, None
+        else:
+            self.own_masks.pop(self.names[layer], None)
+
     def note_kernel(
         self, layer: nn.Module, name: str, kind: type[Mixer], arguments: Mapping[str, Any]
     ) -> None:
@@ -148,6 +155,9 @@ class Recorder:
         self.varies |= varies(q, 1) or varies(k, 1)
         if mask is None and getattr(module, "is_causal", None) is False:
             known_mask = Bidirectional()
+        if arguments.get("pooled") is not None:
+            # The indexer sees to it that queries read nothing ahead; there is no mask of pairs.
+            known_mask = Causal()
         if self.block is not None:
             known_mask = self._with_blocks(name, mask)
         cross = k.shape[1] != q.shape[1] and k.shape[1] == self.memory_len

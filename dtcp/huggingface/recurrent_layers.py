@@ -14,13 +14,17 @@ from dataclasses import dataclass
 from types import FunctionType, MethodType
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dtcp.forward import INSIDE, wrap_forward
 from dtcp.huggingface.recurrent_forwards import WRITTEN_AGAIN
 from dtcp.huggingface.recurrent_kernels import KERNELS, SURVEYED_KERNELS
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import Mixer
+
+OWN_MASK = "dtcp_own_mask"
+"""What a module has that is handed a mask of its model's own, one of zeros, or of ones [B, L]."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,10 @@ class KernelNotes(Protocol):
 
     def note_unread(self, module: nn.Module) -> None:
         """A layer receives no metadata."""
+        ...
+
+    def note_own_mask(self, layer: nn.Module, mask: Tensor) -> None:
+        """A layer receives a mask [B, L], which the model makes where it is given none."""
         ...
 
     def note_kernel(
@@ -103,6 +111,9 @@ def _surveyed(forward: Callable[..., Any], notes: KernelNotes) -> Callable[..., 
     def run(layer: nn.Module, *args: Any, attn_metadata: Any = None, **kwargs: Any) -> Any:
         if attn_metadata is None:
             notes.note_unread(layer)
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 2:
+            notes.note_own_mask(layer, mask)
         return forward(layer, *args, **kwargs, attn_metadata=(layer, notes))
 
     return run
@@ -123,6 +134,8 @@ def _on_batch(
     args = tuple(None if isinstance(x, BatchMetadata) else x for x in args)
     kwargs = {key: x for key, x in kwargs.items() if not isinstance(x, BatchMetadata)}
     attention_mask = kwargs.pop("attention_mask", None)
+    if getattr(layer, OWN_MASK, False):
+        attention_mask = None
     if attn_metadata is None or attention_mask is not None:
         raise ValueError(
             f"{type(layer).__name__} reads the metadata of its batch alone, got attn_metadata of "

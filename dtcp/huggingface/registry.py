@@ -19,6 +19,7 @@ from dtcp.huggingface.compressed_attention import Compressed, attend_beside_entr
 from dtcp.huggingface.metadata_as_mask import metadata_of_config
 from dtcp.huggingface.own_attention import implementations
 from dtcp.huggingface.query_temperature import tempered
+from dtcp.huggingface.recurrent_layers import OWN_MASK
 from dtcp.huggingface.relative_attention import RelativeBias
 from dtcp.metadata import BatchMetadata
 from dtcp.softmax.latent import LatentMixer
@@ -31,9 +32,6 @@ IMPLEMENTATION = "dtcp"
 
 SURVEY_IMPLEMENTATION = "dtcp_survey"
 """The same while a model is surveyed."""
-
-OWN_MASK = "dtcp_own_mask"
-"""What a module has that is handed a mask of its model's own, one of zeros."""
 
 MIXER = "dtcp_mixer"
 """The mixer's name in its attention module."""

@@ -94,6 +94,14 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     },
     "glm4v_moe_text": {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 0]}},
     "glm4v_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
+    # Layers that share choices, which none of the published ones do.
+    "glm5_next_text": {
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "indexed_attention", "indexed_attention"],
+        "indexer_types": ["full", "full", "shared"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "index_n_heads": 16,
+    },
     "glm_moe_dsa": {"index_n_heads": 16},
     "glm_ocr_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
     "granitemoehybrid": {"mamba_n_heads": 8},

@@ -47,7 +47,7 @@ class Survey:
         images: the name of the language model in a model that takes images.
         encoder: the name of the encoder in a model that has a decoder, too.
         hides_padding: whether it hides tokens with the id of padding where it is given no mask.
-        own_masks: attention that is handed a mask of its model's own, which hides nothing.
+        own_masks: layers that are handed a mask of its model's own, which hides nothing.
         reads_types: whether its masks go by the types of tokens, which mixers do not.
         uncounted_padding: whether it counts positions without tokens of the id of padding.
     """

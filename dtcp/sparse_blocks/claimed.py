@@ -6,9 +6,9 @@ from torch import Tensor
 
 from dtcp.metadata import BatchMetadata
 from dtcp.sequence.row_layouts import on_line
-from dtcp.sparse_blocks.metadata import BlocksInSight
 from dtcp.sparse_blocks.mixer import SparseBlockAttention
 from dtcp.sparse_blocks.scored import ScoredBlockAttention
+from dtcp.sparse_latent.blocks import BlocksInSight
 from dtcp.sparse_latent.claimed import BringsTokens
 
 

@@ -22,7 +22,7 @@ from dtcp.sequence.coords import Coords
 from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.masks import Causal
 from dtcp.sparse.op import select_entries, sparse_attention
-from dtcp.sparse_blocks.metadata import BlocksInSight
+from dtcp.sparse_latent.blocks import BlocksInSight, rows_of_blocks, tokens_of_blocks
 from dtcp.sparse_latent.metadata import TokensInSight
 from dtcp.sparse_latent.mixer import TokenReader
 
@@ -155,29 +155,15 @@ class SparseBlockAttention(TokenReader):
         rows = torch.cat((index.key, index.table), dim=-1)[:, :, None]
         rows = self.bring(rows, metadata.tokens, rows.dtype)[:, :, 0]
         keys, table = rows.split((index.key.shape[-1], index.table.shape[-1]), dim=-1)
-        start = metadata.start.long()
-        place = start[..., None] + torch.arange(self.block_len, device=start.device)
-        # Where there is room for a block that rows are too short for.
-        place = place.clamp(max=keys.shape[1] - 1)
-        of_blocks = keys.take_along_dim(place.flatten(1)[..., None], dim=1)
-        of_blocks = of_blocks.unflatten(1, place.shape[1:]).to(accumulation(index.key.dtype))
-        first = table.take_along_dim(start[..., None], dim=1)
+        of_blocks = rows_of_blocks(keys, metadata.start, self.block_len)
+        of_blocks = of_blocks.to(accumulation(index.key.dtype))
+        first = table.take_along_dim(metadata.start.long()[..., None], dim=1)
         mean = of_blocks.mean(2).to(index.key.dtype)
         return index.finish(mean, first.to(index.table.dtype)).to(index.q.dtype)
 
     def tokens_of(self, picked: Tensor, metadata: BlocksInSight) -> Tensor:
         """The tokens of picked blocks [B, L, k], ascending then -1, and those behind the last."""
-        length = self.block_len
-        of_row = picked.clamp(min=0).flatten(1).long()
-        start = metadata.start.gather(1, of_row).view_as(picked)
-        room = (picked.shape[-1] + 1) * length - 1
-        slot = torch.arange(room, dtype=torch.int32, device=picked.device)
-        place = (start[..., None] + slot[:length]).flatten(2)
-        low, high = metadata.tokens.run.split(1, dim=-1)
-        behind = (high - low) % length
-        slot = slot - (picked >= 0).sum(-1, keepdim=True, dtype=torch.int32) * length
-        last = torch.where(slot < behind, high - behind + slot, -1)
-        return torch.where(slot < 0, F.pad(place, (0, length - 1)), last)
+        return tokens_of_blocks(picked, metadata, self.block_len)
 
     @staticmethod
     def fits(index: Any, kv_heads: int) -> bool:

@@ -16,9 +16,9 @@ from torch import Tensor
 from dtcp.kernels.sparse.block_indexer import BlockSight
 from dtcp.sequence.arguments import check_ints
 from dtcp.sequence.key_intervals import KeyIntervals
-from dtcp.sparse_blocks.metadata import BlocksInSight
 from dtcp.sparse_blocks.mixer import SUBJECT, ScoreIndex, SparseBlockAttention
 from dtcp.sparse_blocks.op import select_blocks
+from dtcp.sparse_latent.blocks import BlocksInSight
 from dtcp.sparse_latent.metadata import TokensInSight
 
 

@@ -16,9 +16,9 @@ from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.gathered_rows import gathered_moves
 from dtcp.softmax.moves import AttentionShape
 from dtcp.sparse_blocks.claimed import ContextParallelScoredBlocks, ContextParallelSparseBlocks
-from dtcp.sparse_blocks.metadata import BlocksInSight
 from dtcp.sparse_blocks.mixer import SparseBlockAttention
 from dtcp.sparse_blocks.scored import ScoredBlockAttention
+from dtcp.sparse_latent.blocks import BlocksInSight
 from dtcp.sparse_latent.style import PickedTokensCP
 from dtcp.style import MixerShape
 

@@ -10,8 +10,15 @@ from dtcp.mixer import ClaimedMixer
 from dtcp.sequence.row_layouts import on_line
 from dtcp.softmax.gathered_rows import gather_rows
 from dtcp.softmax.inputs import check_sink
+from dtcp.sparse_latent.blocks import BlocksInSight
 from dtcp.sparse_latent.metadata import ExchangedTokens, TokensInSight
-from dtcp.sparse_latent.mixer import LightningIndexer, SparseLatentAttention, TokenReader
+from dtcp.sparse_latent.mixer import (
+    LightningIndexer,
+    SparseLatentAttention,
+    TokenReader,
+    check_index_operands,
+)
+from dtcp.sparse_latent.pooled import PooledIndexer
 
 
 class BringsTokens(ClaimedMixer, TokenReader):
@@ -35,12 +42,34 @@ class ContextParallelIndexer(BringsTokens, LightningIndexer):
     def carry_out(
         self, q: Tensor, weight: Tensor, key: Tensor, attn_metadata: BatchMetadata
     ) -> Tensor:
-        self.check_operands(q, weight, key)
+        check_index_operands(q, weight, key)
         metadata: ExchangedTokens = self.own(attn_metadata)
         if not metadata.in_line:
             return self.select(q, weight, key, metadata)
         selected = self.select(on_line(q), on_line(weight), on_line(key), metadata)
         return selected.view(*q.shape[:2], -1)
+
+
+class ContextParallelPooledIndexer(BringsTokens, PooledIndexer):
+    """A PooledIndexer that a style has taken over."""
+
+    has_gradients = False
+
+    def carry_out(
+        self,
+        q: Tensor,
+        weight: Tensor,
+        key: Tensor,
+        gate: Tensor,
+        bias: Tensor,
+        attn_metadata: BatchMetadata,
+    ) -> Tensor:
+        self.check_operands(q, weight, key, gate, bias)
+        metadata: BlocksInSight = self.own(attn_metadata)
+        if not metadata.in_line:
+            return self.select(q, weight, key, gate, bias, metadata)
+        line = on_line(q), on_line(weight), on_line(key), on_line(gate)
+        return self.select(*line, bias, metadata).view(*q.shape[:2], -1)
 
 
 class ContextParallelSparseLatent(BringsTokens, SparseLatentAttention):

@@ -81,7 +81,7 @@ class LightningIndexer(TokenReader):
             [B, L, k] int32, places among the tokens in sight of this rank's queries, ascending,
             then -1: what SparseLatentAttention reads of the same batch.
         """
-        self.check_operands(q, weight, key)
+        check_index_operands(q, weight, key)
         return self.select(q, weight, key, self.own(attn_metadata))
 
     def select(self, q: Tensor, weight: Tensor, key: Tensor, metadata: TokensInSight) -> Tensor:
@@ -92,23 +92,24 @@ class LightningIndexer(TokenReader):
         visible = (metadata.first, metadata.last, metadata.token_index, metadata.tiles)
         return select_entries(q, weight, keys, *visible, number)
 
-    def check_operands(self, q: Tensor, weight: Tensor, key: Tensor) -> None:
-        """Refuse what scoring would broadcast."""
-        check_tensor("An indexer", shape="[B, L, H, D]", ndim=4, dtypes=FLOATS, q=q)
-        check_tensor("An indexer", ndim=3, dtypes=FLOATS, weight=weight, key=key)
-        if weight.shape != q.shape[:3] or key.shape != (*q.shape[:2], q.shape[3]):
-            raise ValueError(
-                f"An indexer has a weight for each head and a key for each token, got q.shape="
-                f"{tuple(q.shape)}, weight.shape={tuple(weight.shape)}, key.shape="
-                f"{tuple(key.shape)}: give [B, L, H, D], [B, L, H] and [B, L, D]."
-            )
-
     def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
         q: Tensor = args[0]
         return q.new_zeros(*q.shape[:2], 1, dtype=torch.int32)
 
     def extra_repr(self) -> str:
         return f"num_selected={self.num_selected}"
+
+
+def check_index_operands(q: Tensor, weight: Tensor, key: Tensor) -> None:
+    """Refuse what scoring would broadcast."""
+    check_tensor("An indexer", shape="[B, L, H, D]", ndim=4, dtypes=FLOATS, q=q)
+    check_tensor("An indexer", ndim=3, dtypes=FLOATS, weight=weight, key=key)
+    if weight.shape != q.shape[:3] or key.shape != (*q.shape[:2], q.shape[3]):
+        raise ValueError(
+            f"An indexer has a weight for each head and a key for each token, got q.shape="
+            f"{tuple(q.shape)}, weight.shape={tuple(weight.shape)}, key.shape="
+            f"{tuple(key.shape)}: give [B, L, H, D], [B, L, H] and [B, L, D]."
+        )
 
 
 class SparseLatentAttention(TokenReader, LatentMixer):
@@ -141,7 +142,7 @@ class SparseLatentAttention(TokenReader, LatentMixer):
             latent: [B, L, C], normalized.
             key_rotary: [B, L, R], rotated; R = 0 for none.
             up: [H, N + V, C], the weight of the up-projection (kv_b_proj) by heads.
-            selected: [B, L, k] int32, of a LightningIndexer in the same batch.
+            selected: [B, L, k] int32, of a LightningIndexer or a PooledIndexer in the same batch.
             attn_metadata: what the batch brings.
             sink: [H], one score per head that takes its share of the softmax and adds nothing.
         Returns:

@@ -24,13 +24,16 @@ from dtcp.sequence.row_layouts import RowLayouts, in_line
 from dtcp.softmax.gathered_rows import gathered_moves
 from dtcp.softmax.metadata import all_gather_metadata
 from dtcp.softmax.moves import AttentionShape
+from dtcp.sparse_latent.blocks import BlocksInSight
 from dtcp.sparse_latent.claimed import (
     BringsTokens,
     ContextParallelIndexer,
+    ContextParallelPooledIndexer,
     ContextParallelSparseLatent,
 )
 from dtcp.sparse_latent.metadata import ExchangedTokens
 from dtcp.sparse_latent.mixer import LightningIndexer, SparseLatentAttention, TokenReader
+from dtcp.sparse_latent.pooled import PooledIndexer
 from dtcp.style import ALL_LAYOUTS, MixerShape, MixerStyle
 
 
@@ -40,7 +43,8 @@ class SparseLatentShape(MixerShape):
 
     Args:
         latent: channels of a latent and its rotary key, C + R.
-        index_dim: channels of the indexer's key.
+        index_dim: channels of what an indexer brings of a token: its key's, and its gate's where
+            it pools keys.
     """
 
     batch: int
@@ -100,13 +104,14 @@ class PickedTokensCP(MixerStyle):
 
 @dataclass
 class SparseLatentCP(PickedTokensCP):
-    """Carry out LightningIndexer and SparseLatentAttention on a sharded sequence.
+    """Carry out indexers of tokens or pools and SparseLatentAttention on a sharded sequence.
 
-    Each brings what it reads of tokens in one exchange: the indexer its keys, which have no
+    Each brings what it reads of tokens in one exchange: an indexer its keys, which have no
     gradient, and attention latents with rotary keys, whose gradients are summed and go home in
-    another. What was brought is kept for backward: K rows of one head, beside L rows of every head
-    of q. HeadTail balances the indexer, whose work grows with the position; on PerDocument,
-    BlockBalanced and DocumentBalanced nothing of other ranks' documents travels either.
+    another. Keys of pools are made where they are read: raw ones travel, and gates. What was
+    brought is kept for backward: K rows of one head, beside L rows of every head of q. HeadTail
+    balances an indexer, whose work grows with the position; on PerDocument, BlockBalanced and
+    DocumentBalanced nothing of other ranks' documents travels either.
 
     Keyword Args:
         reduce_dtype: in which gradients of latents are summed, as of AttentionStyle: with
@@ -125,23 +130,25 @@ class SparseLatentCP(PickedTokensCP):
 
     claims: ClassVar[Mapping[type[Mixer], type[ClaimedMixer]]] = {
         LightningIndexer: ContextParallelIndexer,
+        PooledIndexer: ContextParallelPooledIndexer,
         SparseLatentAttention: ContextParallelSparseLatent,
     }
     summed: ClassVar[str] = "latents"
 
     def make_metadata(
         self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int
-    ) -> ExchangedTokens:
+    ) -> ExchangedTokens | BlocksInSight:
         assert isinstance(mixer, TokenReader)
-        return self.tokens_in_sight(mixer, coords, layout, rank)[0]
+        tokens, intervals = self.tokens_in_sight(mixer, coords, layout, rank)
+        return mixer.pools_of(tokens, intervals) if isinstance(mixer, PooledIndexer) else tokens
 
     def moves(
         self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int, shape: MixerShape
     ) -> Moves:
         assert isinstance(shape, SparseLatentShape)
-        metadata = self.make_metadata(mixer, coords, layout, rank)
+        metadata, _ = self.tokens_in_sight(mixer, coords, layout, rank)
         batch = 1 if metadata.in_line else shape.batch
-        indexes = isinstance(mixer, LightningIndexer)
+        indexes = isinstance(mixer, LightningIndexer | PooledIndexer)
         width = shape.index_dim if indexes else shape.latent
         row = AttentionShape(batch, 1, 1, width, 0, shape.element_size)
         wide = self.sums_wide(layout.num_shards) and not indexes

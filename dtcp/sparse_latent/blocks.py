@@ -13,6 +13,7 @@ from typing import Self
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dtcp.kernels.sparse.types import NOWHERE
 from dtcp.metadata import AttentionMetadata, HostTensor
@@ -64,3 +65,29 @@ class BlocksInSight(AttentionMetadata):
             torch.from_numpy(np.stack(tiles)),
             in_line=tokens.in_line,
         )
+
+
+def rows_of_blocks(rows: Tensor, start: Tensor, block_len: int) -> Tensor:
+    """The rows of each block's tokens, [B, P, block_len, W] of [B, K, W]."""
+    place = start.long()[..., None] + torch.arange(block_len, device=start.device)
+    # Where there is room for a block that rows are too short for.
+    place = place.clamp(max=rows.shape[1] - 1)
+    of_blocks = rows.take_along_dim(place.flatten(1)[..., None], dim=1)
+    return of_blocks.unflatten(1, place.shape[1:])
+
+
+def tokens_of_blocks(picked: Tensor, metadata: BlocksInSight, block_len: int) -> Tensor:
+    """The tokens of complete blocks [B, L, k], ascending then -1, and those behind the last one.
+
+    Behind the last that a query may pick, up to itself: [B, L, (k + 1) * block_len - 1] int32.
+    """
+    of_row = picked.clamp(min=0).flatten(1).long()
+    start = metadata.start.gather(1, of_row).view_as(picked)
+    room = (picked.shape[-1] + 1) * block_len - 1
+    slot = torch.arange(room, dtype=torch.int32, device=picked.device)
+    place = (start[..., None] + slot[:block_len]).flatten(2)
+    low, high = metadata.tokens.run.split(1, dim=-1)
+    behind = (high - low) % block_len
+    slot = slot - (picked >= 0).sum(-1, keepdim=True, dtype=torch.int32) * block_len
+    last = torch.where(slot < behind, high - behind + slot, -1)
+    return torch.where(slot < 0, F.pad(place, (0, block_len - 1)), last)
