@@ -92,10 +92,16 @@ def _code() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found |= {name: version(name)} if name in sys.modules else {}
     content, root = hashlib.sha256(), Path(__file__).parents[1]
-    for file in sorted(root.rglob("*.py")):
+    for file in files_of_code(root):
         content.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
     # Of its files: a checkout has one version for many states.
     return found | {"dtcp": f"of sha256 {content.hexdigest()[:12]}"}
+
+
+def files_of_code(root: Path) -> list[Path]:
+    """The files of a package, with those behind links, as a checkout has them to its neighbours."""
+    links = [x for x in root.iterdir() if x.is_symlink() and x.is_dir()]
+    return sorted(file for folder in (root, *links) for file in folder.rglob("*.py"))
 
 
 def refuse_other_weights(folder: Path) -> None:

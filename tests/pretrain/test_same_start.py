@@ -15,6 +15,7 @@ from dtcp.pretrain.config_record import config_changes, config_record
 from dtcp.pretrain.data import PackedDocuments
 from dtcp.pretrain.folder_lock import FolderLock
 from dtcp.pretrain.same_start import (
+    files_of_code,
     refuse_other_code,
     refuse_other_data,
     refuse_other_folder,
@@ -80,6 +81,14 @@ def test_never_silent_a_rank_that_runs_other_code(mesh):
         pytest.raises(ValueError, match=said),
     ):
         refuse_other_code()
+
+
+def test_all_of_the_code_is_compared_and_each_file_once():
+    """A checkout has links to models and to parallelize, which no recursive search goes into."""
+    root = Path(same_start.__file__).parents[1]
+    names = [str(file.relative_to(root)) for file in files_of_code(root)]
+    assert {"parallelize/plans/huggingface.py", "models/gemma4/model.py", "mixer.py"} <= {*names}
+    assert len(names) == len({*names})
 
 
 @spmd(ranks=2)
