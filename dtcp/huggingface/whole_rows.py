@@ -94,7 +94,7 @@ class WholeRows(nn.Module):
         self.gathers_logits = False
         """Whether a call with labels gives logits, too: [B, S, V] on every rank."""
         self.gave_share = False
-        """Whether the last loss was this batch rank's part of that of all rows."""
+        """Whether the last loss, or that of the last logits, is a part of all batch ranks'."""
         self._prefetched = PrefetchedRows(self._prepared)
 
     def prepare_ahead(self, rows: Mapping[str, Any]) -> None:
@@ -174,6 +174,7 @@ class WholeRows(nn.Module):
             out = self.module(**local, attn_metadata=sharded.attn_metadata, **asked)
         if last_token_mixer(self.module) is not None:
             return self._outputs_of_rows(self._given(out.logits)[: sharded.unpadded_rows], targets)
+        self.gave_share = items is not None and not numbers
         if targets is None:
             return RowOutputs(logits=self._given(_whole_logits(out.logits, sharded)))
         aux = self._balance(out.router_logits, sharded) if asked else None
@@ -186,7 +187,6 @@ class WholeRows(nn.Module):
         else:
             logits = out.logits if head is None else head.logits(out.logits)
             outputs = RowOutputs(loss=self._loss(logits, targets, items, aux))
-            self.gave_share = items is not None
             if self.gathers_logits:
                 outputs["logits"] = self._given(_whole_logits(out.logits, sharded))
         if aux is not None:

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from torch import Tensor
 from torch import distributed as dist
+from torch.nn.functional import cross_entropy
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
@@ -110,7 +112,8 @@ def trainer_of(
     if flattened:
         texts = [{**row, "labels": row["input_ids"]} for row in texts]
         collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
-    own = {key: change.pop(key) for key in ("compute_metrics", "callbacks") if key in change}
+    given = "compute_metrics", "compute_loss_func", "callbacks"
+    own = {key: change.pop(key) for key in given if key in change}
     options = {
         "args": TrainingArguments(**{**tiny.arguments(mesh, folder), **change}),
         # With a cache, transformers lets packed documents see each other.
@@ -149,7 +152,13 @@ def many(mesh: ParallelMesh | None, folder: str) -> Any:
     return trainer
 
 
-def uneven(mesh: ParallelMesh | None, folder: str, base: type = Trainer) -> Any:
+def own_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """A loss that Trainers take as an argument, and call with logits."""
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    return cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+
+def uneven(mesh: ParallelMesh | None, folder: str, base: type = Trainer, **change: Any) -> Any:
     """Epochs and evaluations that end in a part of a batch, of which one rank has no row."""
     trainer = trainer_of(
         mesh,
@@ -164,6 +173,7 @@ def uneven(mesh: ParallelMesh | None, folder: str, base: type = Trainer) -> Any:
         max_grad_norm=0.05,
         eval_strategy="epoch",
         save_strategy="no",
+        **change,
     )
     trainer.train()
     return trainer
@@ -331,6 +341,7 @@ CASES = {
     "many": many,
     "uneven": uneven,
     "uneven_doubled": partial(uneven, base=Doubling),
+    "uneven_by_function": partial(uneven, compute_loss_func=own_loss),
     "flattened": flattened,
     "compiled": compiled,
     "preferences": preferences,
@@ -342,7 +353,7 @@ CASES = {
     "bart": bart,
     "adapted_two_sequences": adapted_two_sequences,
 }
-DEALT = ("uneven", "uneven_doubled")
+DEALT = ("uneven", "uneven_doubled", "uneven_by_function")
 """Cases in which ranks read different rows."""
 Logs = list[dict[str, float]]
 

@@ -7,7 +7,7 @@ import pytest
 from tests.harness.run_script import run_forked
 
 CASES = {
-    "rows": ("many", "uneven", "uneven_doubled", "flattened", "compiled"),
+    "rows": ("many", "uneven", "uneven_doubled", "uneven_by_function", "flattened", "compiled"),
     "preferences": (
         "preferences",
         "many_preferences",
