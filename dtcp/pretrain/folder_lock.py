@@ -119,7 +119,7 @@ class FolderLock:
             return
         # Two that come at once both write; the one that is still there after a while has it.
         time.sleep(BEAT / 10)
-        after = _read(self._file)
+        after = _look(self.path)
         if after is None or after.token != self.me.token:
             raise _held(folder, after)
 
@@ -135,7 +135,7 @@ class FolderLock:
             self.me.beats += 1
             # A server that does not answer for a while is no reason to end a run.
             with contextlib.suppress(OSError):
-                holder = _read(self._file)
+                holder = _look(self.path)
                 if holder is not None and holder.token != self.me.token:
                     self._lost_to = str(holder)
                     return

@@ -265,6 +265,30 @@ def test_survive_E7_a_writer_that_stood_still_notices_that_it_was_replaced(no_lo
         lock.check()
 
 
+def test_survive_E7_a_writer_asks_the_server_who_replaced_it(no_locks, tmp_path, monkeypatch):
+    """A network file system reads an open file off this host's copy, which the other did not write.
+
+    Here that is a file of the other's own, in the place of this one.
+    """
+    other = tmp_path / "of_the_other"
+
+    def put_in_place(_=None):
+        usurper = folder_lock.Holder(host="elsewhere", boot="0", pid=1)
+        other.write_text(json.dumps(vars(usurper)).ljust(512))
+        os.replace(other, tmp_path / folder_lock.NAME)
+
+    lock, patience = FolderLock(tmp_path), Patience(20)
+    put_in_place()
+    while not replaced(lock) and patience.left():
+        time.sleep(0.02)
+    with pytest.raises(ValueError, match="process 1 on elsewhere"):
+        lock.check()
+    (tmp_path / folder_lock.NAME).unlink()
+    monkeypatch.setattr(time, "sleep", put_in_place)  # of two that come at once
+    with pytest.raises(ValueError, match="process 1 on elsewhere"):
+        FolderLock(tmp_path)
+
+
 def replaced(lock: FolderLock) -> bool:
     try:
         lock.check()
