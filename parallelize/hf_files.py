@@ -58,7 +58,7 @@ def check_not_quantized(folder: Path, left_over: Sequence[str]) -> None:
     """
     config = folder / "config.json"
     fields = json.loads(config.read_text("utf-8")) if config.is_file() else {}
-    method = fields.get("quantization_config", {}).get("quant_method")
+    method = (fields.get("quantization_config") or {}).get("quant_method")
     if method:
         raise ValueError(
             f"Weights are read as numbers that need no scale, got {folder} with quantized ones "

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from dtcp._torch.fakes import fake_tensors
 from dtcp.batch import prepare_batch, shard_batch
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.distributed.same_rows import RowHashes
@@ -19,6 +20,7 @@ from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.buckets import Buckets, MultiplesOf, OneOf
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.host import on_device
 from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.mask_work import MaskWork
 from dtcp.sequence.masks import BlockBidirectional, Causal, SlidingWindow
@@ -338,6 +340,17 @@ def test_a_batch_goes_to_a_gpu_through_pinned_memory(monkeypatch):
     assert len(moved) > len(local) + len(sharded.attn_metadata) and all(moved)
     # What the host reads is not among them.
     assert all(x.dtype is not torch.int64 for x in pinned[len(local) :])
+
+
+def test_what_comes_from_a_gpu_is_waited_for(monkeypatch):
+    """torch gives pinned memory, which the host may read before it is written."""
+    waited = []
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda x, device, non_blocking=False: waited.append(not non_blocking)
+    )
+    with fake_tensors():
+        on_device(torch.ones(2, device="cuda"), "cpu")
+    assert waited == [True]
 
 
 @spmd(ranks=4)

@@ -43,8 +43,9 @@ def on_device(x: Tensor, device: torch.device | str) -> Tensor:
 
     CUDA takes pageable memory only once all that was launched before has ended, whatever
     `non_blocking` says, and meanwhile the host launches nothing. Pinned memory it reads when it
-    gets there; torch's allocator of it gives the block to nobody before.
+    gets there; torch's allocator of it gives the block to nobody before. What comes from a GPU is
+    waited for: the host would read it before it is there.
     """
     if torch.device(device).type == "cuda" and x.device.type == "cpu" and x.numel():
         x = x.contiguous().pin_memory()
-    return x.to(device, non_blocking=True)
+    return x.to(device, non_blocking=x.device.type == "cpu")

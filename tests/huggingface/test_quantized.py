@@ -1,5 +1,6 @@
 """Frozen quantized weights under adapters (QLoRA), held against the same model on one device."""
 
+import json
 import logging
 import shutil
 import tempfile
@@ -178,12 +179,12 @@ def test_a_quantized_model_is_not_saved_or_filled_whole(mesh):
 
 def test_a_folder_of_quantized_weights_is_refused_by_name(tmp_path):
     """With scales beside them, that a model of numbers has no use for."""
-    model = build("llama")
-    model.config.quantization_config = {"quant_method": "new"}
-    model.config.save_pretrained(tmp_path)
     save_file({"model.norm.weight": torch.ones(32), "scales": torch.ones(1)}, tmp_path / ONE_FILE)
-    with pytest.raises(ValueError, match=r"quantized ones \(new: scales, ..\): dequantize them"):
-        fill_hf(build("llama"), tmp_path)
+    said = r"quantized ones \(new: scales, ..\): dequantize them"
+    for config, match in (({"quant_method": "new"}, said), (None, "scales")):
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+        with pytest.raises(ValueError, match=match):
+            fill_hf(build("llama"), tmp_path)
 
 
 @spmd(ranks=2)
