@@ -8,6 +8,7 @@ a layer is looked at, and tried on a few tokens.
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -164,8 +165,10 @@ def _problem(layer: Any, like: Tensor) -> str:
 def _problem_of_trial(layer: Any, like: Tensor) -> str:
     """Run a layer forward and backward on a few tokens, again, and with one of them changed."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, TOKENS, layer.in_features, generator=generator)
-    out_grad = torch.randn(1, TOKENS, layer.out_features, generator=generator)
+    # Whatever device new tensors are on: the generator is the host's.
+    by_host = partial(torch.randn, generator=generator, device="cpu")
+    x = by_host(1, TOKENS, layer.in_features)
+    out_grad = by_host(1, TOKENS, layer.out_features)
     changed = x.clone()
     changed[:, CHANGED] *= FACTOR
     try:

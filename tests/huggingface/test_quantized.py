@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from dtcp.distributed.mesh import Degrees
 from dtcp.huggingface import WholeRows, install_mixers
-from dtcp.huggingface.quantized import quantized_layers, whole_in_words
+from dtcp.huggingface.quantized import quantized_layers, quantized_problems, whole_in_words
 from dtcp.huggingface.survey import survey
 from dtcp.parallelize import FSDP, Compile, FullCheckpoint, load_hf, save_hf
 from dtcp.parallelize.load_hf import fill_hf
@@ -266,6 +266,13 @@ def test_quantized_layers_whose_weights_are_read_are_refused(layer):
     model = quantized(kind="deepseek_v32", names=(layer,), **SMALL)
     refused = survey(model).refused
     assert any(f".{layer} (quantized): this layer is not called" in x for x in refused)
+
+
+def test_layers_are_tried_where_they_are_whatever_device_new_tensors_are_on():
+    """Under torch.set_default_device("cuda") the host's generator was an error of torch."""
+    model = quantized()
+    with torch.device("meta"):
+        assert list(quantized_problems(model)) == []
 
 
 def test_a_survey_leaves_quantized_layers_as_they_were():
