@@ -1,4 +1,4 @@
-"""The models to check: every causal and every masked language model, tiny."""
+"""The models to check: every causal, masked and image-reading language model, tiny."""
 
 import json
 from collections.abc import Mapping
@@ -38,12 +38,14 @@ def all_cases() -> list[Case]:
     And where a model of encoder and decoder can be a decoder alone.
     """
     from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     causal = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     masked = set(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
     both = set(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES) - SPEECH
+    images = set(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) & set(CONFIG_MAPPING)
     cases = []
-    for model_type in sorted(causal | masked | both):
+    for model_type in sorted(causal | masked | both | images):
         fields = _fields(model_type)
         quiet = {key: 0.0 for key, value in fields.items() if _is_noise(key, value)}
         cases.append(Case(model_type, quiet))

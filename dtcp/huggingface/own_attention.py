@@ -57,8 +57,8 @@ def use_registry(model: Any, module: nn.Module) -> None:
 def own_values(module: Any) -> dict[str, Any]:
     """What the forward that is written again reads of its module, beside what it has.
 
-    That is the function that turns queries and keys by their positions, how many heads have a
-    slope, and the parts of CodeGen's projection.
+    That is the function that turns queries and keys by their positions, a slope for each head, and
+    the parts of CodeGen's projection.
     """
     if type(module).__name__ in PICKING:
         return own_values_of_picking(module)
@@ -68,7 +68,12 @@ def own_values(module: Any) -> dict[str, Any]:
         return own_values_of_relative(module)
     names = ("num_heads", "n_heads", "num_attention_heads")
     heads = next(getattr(module, name) for name in names if hasattr(module, name))
-    return {**own_rope(module), "dtcp_alibi_heads": heads, "dtcp_parts": CODEGEN_PARTS}
+    # A tensor: where tp splits heads, a rank keeps the slopes of its own. On the host, whatever
+    # device the model is built on, and pinned, so that no layer waits for its copy.
+    with torch.device("cpu"):
+        slopes = alibi_slopes(heads)
+    slopes = slopes.pin_memory() if torch.cuda.is_available() else slopes
+    return {**own_rope(module), "dtcp_slopes": slopes, "dtcp_parts": CODEGEN_PARTS}
 
 
 def looked_up_in(module: nn.Module) -> Any:
@@ -210,8 +215,8 @@ def _gptjs(module: Any) -> dict[str, float]:
 
 def _slopes(module: Any, q: Tensor) -> Tensor:
     """In the place of ALiBi for every key: [H], a slope for each head that the module computes."""
-    # There: each layer would wait for a copy.
-    return alibi_slopes(module.dtcp_alibi_heads, device=q.device)
+    slopes: Tensor = module.dtcp_slopes
+    return slopes.to(q.device, non_blocking=True)
 
 
 FORWARDS: Mapping[str, Callable[..., Any]] = {

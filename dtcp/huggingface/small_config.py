@@ -223,7 +223,8 @@ def _layers(config: Any, changed: Fields) -> Fields:
     Where the number of layers is changed by hand, the kinds take turns.
     """
     true_name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    wanted = _wanted_layers(config, changed)
+    of_family = FAMILIES.get(config.model_type, {}).get("num_hidden_layers")
+    wanted = _wanted_layers(config, changed) or of_family
     values = _fields(config)
     count = values.get(true_name)
     if not isinstance(count, int) or count < 1:

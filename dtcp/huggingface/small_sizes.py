@@ -13,7 +13,7 @@ _BY_SIZE: Mapping[int, str] = {
         projector_output_dim pooler_hidden_size prediction_head_size lru_width true_hidden_size
         backbone_hidden_size output_channels adapter_out_dim adapter_in_dim adapter_input_size
         pronunciation_embed_dim shape_embed_dim router_hidden_size d_latents
-        output_num_channels mamba_d_ssm codebook_dim attention_head_width""",
+        output_num_channels mamba_d_ssm codebook_dim attention_head_width base_channels""",
     48: """intermediate_size intermediate_size_mlp ffn_hidden_size ffn_dim dense_intermediate_size
         decoder_ffn_dim encoder_ffn_dim dim_ff d_ff dff d_inner hidden_dim feed_forward_size
         mlp_dim shared_intermediate_size downsample_hidden_size prompt_mid_dim""",
@@ -21,14 +21,14 @@ _BY_SIZE: Mapping[int, str] = {
         moe_shared_expert_intermediate_size expert_ffn_hidden_size""",
     16: """q_lora_rank kv_lora_rank o_lora_rank index_head_dim intra_bottleneck_size laurel_rank
         mamba_d_state state_size ssm_state_size swa_head_dim hidden_size_per_layer_input
-        ple_embed_dim hc_lowrank adapter_rank embedding_rank base_channels num_landmarks
+        ple_embed_dim hc_lowrank adapter_rank embedding_rank num_landmarks
         segment_means_seq_len num_latents d_rel gated_norm_rank index_block_size""",
     8: """head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim kv_channels attention_head_size
         d_head dim_head d_kv linear_key_head_dim linear_value_head_dim linear_head_dim mamba_d_head
         mamba_head_dim time_step_rank mamba_dt_rank local_attention_window_len
         num_centroids chunk_size mamba_chunk_size attention_chunk_size block_size
         local_attn_chunk_length lsh_attn_chunk_length num_filters index_topk
-        attention_window keep_window_size""",
+        attention_window keep_window_size log_scaling_n_floor""",
     7: """sliding_window sliding_window_size window_size local_attention attention_window_size""",
     4: """num_attention_heads n_head n_heads num_heads encoder_attention_heads
         decoder_attention_heads attention_heads num_encoder_attention_heads
@@ -54,7 +54,7 @@ _ROPE: Mapping[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     # With few heads many scores are 0: of equal ones torch.topk picks any.
     "axk2": {"index_n_heads": 16},
-    "bamba": {"mamba_n_heads": 8},
+    "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
     "cohere_compass_text": {
         "num_hidden_layers": 2,
         "layer_types": ["sliding_attention", "full_attention"],
@@ -81,15 +81,31 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "index_topk": 4,
         "o_groups": 2,
     },
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "deepseek_v32": {"index_n_heads": 16},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "dots3_note_text": {"head_dim": 24, "num_key_value_heads": 4, "index_n_heads": 16},
+    # Layers before and behind those that run twice.
+    "dory": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        **dict.fromkeys(("n_input_layers", "n_output_layers"), 1),
+    },
+    "ernie4_5_vl_moe_text": {
+        "moe_intermediate_size": [24, 16],
+        "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]},
+    },
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "intermediate_size": [48] * 4,
         "activation_sparsity_pattern": [0.0] * 4,
+        "num_kv_shared_layers": 2,
+    },
+    "gemma4_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
         "num_kv_shared_layers": 2,
     },
     "glm4v_moe_text": {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 0]}},
@@ -102,11 +118,17 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "mlp_layer_types": ["dense", "sparse", "sparse"],
         "index_n_heads": 16,
     },
-    "glm_moe_dsa": {"index_n_heads": 16},
+    "glm_moe_dsa": {"index_n_heads": 16, "indexer_types": ["full", "shared"]},
     "glm_ocr_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
-    "granitemoehybrid": {"mamba_n_heads": 8},
+    "granitemoehybrid": {
+        "mamba_n_heads": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
     "hunyuan_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
     "hy_v4": {"index_n_heads": 16},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "laguna": {"layer_types": ["sliding_attention", "full_attention"]},
     "lfm2": {
         "num_hidden_layers": 2,
         "full_attn_idxs": [1],
@@ -114,6 +136,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
+    "mellum": {"layer_types": ["sliding_attention", "full_attention"]},
     # Layers of the published model that its default config leaves out; an index for each kv head.
     "minimax_m3_vl_text": {
         "num_hidden_layers": 2,
@@ -123,6 +146,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "index_head_dim": 8,
         "index_block_size": 4,
     },
+    "ministral": {"layer_types": ["sliding_attention", "full_attention"]},
     # Layers that share latents and choices, with rotary positions and without.
     "mistral_large4_text": {
         "num_hidden_layers": 5,
@@ -147,6 +171,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "ple_layer_ids": [1],
         "heads_per_ngram": 2,
     },
+    "nemotron_h_omni": {"vision_config": {"model_type": "radio", "video_temporal_patch_size": 2}},
     "paligemma": {"text_config": {"model_type": "gemma", "num_key_value_heads": 1}},
     "paddleocr_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
     "qwen2_5_omni_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},

@@ -20,7 +20,7 @@ def test_the_page_shows_the_results():
 def test_the_readme_counts_what_the_page_shows():
     counts = Results.read().counts(FIRST)
     models, passed = sum(counts.values()), counts["passed"]
-    said = f"Of {models} text models of transformers [{passed} pass at cp 2]"
+    said = f"Of {models} models of transformers [{passed} pass at cp 2]"
     assert said in (ROOT / "README.md").read_text()
 
 
