@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
@@ -305,17 +305,22 @@ def _check_same_weights(model: nn.Module, mesh: ParallelMesh) -> None:
     sums = [p.detach().sum(dtype=torch.float64) for p in model.parameters() if p not in whole]
     held = [x for layer in quantized.values() for x in tensors_held(layer) if x.numel()]
     sums += [x.contiguous().view(-1).view(torch.uint8).sum(dtype=torch.float64) for x in held]
-    sums.append(sums[0].new_tensor(len(sums)))
     local = torch.stack([x.to(mesh.device_mesh.device_type) for x in sums])
-    # The largest of x and of -x over all ranks: the same number where all have the same x.
-    largest = torch.stack((local, -local)).nan_to_num()
-    for group in mesh.device_mesh.get_all_groups():
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-    if not torch.equal(largest[0], -largest[1]):
+    # How many first: a sum over ranks with other numbers of them ends in an error of gloo's.
+    if not (_is_alike(local.new_tensor([len(sums)]), mesh) and _is_alike(local, mesh)):
         raise ValueError(
             f"Ranks hold the same weights before they are sharded, got a {type(model).__name__} "
             f"whose weights differ: seed all ranks alike, or load the same checkpoint."
         )
+
+
+def _is_alike(local: Tensor, mesh: ParallelMesh) -> bool:
+    """Whether all ranks have the same numbers; the same answer on each of them."""
+    # The largest of x and of -x over all ranks: the same number where all have the same x.
+    largest = torch.stack((local, -local)).nan_to_num()
+    for group in mesh.device_mesh.get_all_groups():
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    return torch.equal(largest[0], -largest[1])
 
 
 def _make_experts_compilable(model: Any, compile: Compile | None) -> None:

@@ -165,6 +165,9 @@ def test_ranks_with_other_quantized_weights_are_refused(mesh):
     layer.weight.data += dist.get_rank()
     with pytest.raises(ValueError, match="weights differ"):
         on_mesh_of(model, Degrees(cp=2))
+    fewer = adapted(names=DENSE[dist.get_rank() :])  # on rank 1
+    with pytest.raises(ValueError, match="weights differ"):
+        on_mesh_of(fewer, Degrees(cp=2))
 
 
 @spmd(ranks=2)
