@@ -26,8 +26,9 @@ from dtcp.pretrain.folder_lock import holder_of
 T = TypeVar("T", bound=Mapping[str, Any])
 NAMED = 3
 """Ranks, and differences of each, that an error names."""
-LOOKS, PAUSE = 20, 0.5
-"""At a folder, and seconds between two: a network may show late what another host has written."""
+LOOKS, PAUSE = 130, 0.5
+"""At a folder, and seconds between two: a network file system's client may take it for up to a
+minute that a file is not there (acdirmax) which another host has just written."""
 COMPUTES = ("torch", "torchtitan", "transformers")
 """Packages whose code ranks run together, where they are imported."""
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.distcp", ".metadata", "manifest.json")
