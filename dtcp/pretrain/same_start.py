@@ -111,7 +111,9 @@ def refuse_other_weights(folder: Path) -> None:
     Raises:
         ValueError: naming rank and file.
     """
-    files = sorted({file for pattern in WEIGHTS for file in folder.glob(pattern)})
+    # Reading a pipe would wait for a writer; that it is no file is said where weights are read.
+    found = {file for pattern in WEIGHTS for file in folder.glob(pattern)}
+    files = sorted(file for file in found if file.is_file())
     marks = {"files": fingerprints_of(files, folder)}
     _refuse("weights to start from", marks, changes, f"bring the same {folder} to every host")
 
