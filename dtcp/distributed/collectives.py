@@ -265,9 +265,7 @@ def _exchange_tokens(
 
 
 @_exchange_tokens.register_fake
-def _(
-    x: Tensor, dim: int, length: int, send: Sequence[int], receive: Sequence[int], group: str
-) -> Tensor:
+def _(x: Tensor, dim: int, length: int, *_: Any) -> Tensor:
     return _resized(x, dim, length)
 
 

@@ -64,16 +64,8 @@ def library_dispatch(
 
 
 @library_dispatch.register_fake
-def _(
-    x: Tensor,
-    counts: Tensor,
-    group: str,
-    library: str,
-    index: Tensor,
-    weight: Tensor,
-    num_experts: int,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, counts: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _, _, _, weight, num_experts, _ = others
     sizes = torch.library.get_ctx()
     rows = sizes.new_dynamic_size()
     return (
@@ -132,17 +124,8 @@ def _library_dispatch_backward(
 
 
 @_library_dispatch_backward.register_fake
-def _(
-    rows: Tensor,
-    counts: Tensor,
-    group: str,
-    library: str,
-    layout: Tensor,
-    numbers: Tensor,
-    index: Tensor,
-    weights: Tensor,
-    *_: Any,
-) -> tuple[Tensor, Tensor]:
+def _(rows: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    index, weights = others[5:7]
     return rows.new_empty(index.shape[0], rows.shape[1]), weights.new_empty(index.shape)
 
 

@@ -1,5 +1,7 @@
 """What tokens and results move between the ranks of ep."""
 
+from typing import Any
+
 from torch import Tensor
 from torch import distributed as dist
 
@@ -11,13 +13,7 @@ COUNT = 8
 
 
 def counts_moves(
-    index: Tensor,
-    faults: Tensor,
-    num_experts: int,
-    num_ranks: int,
-    group: str,
-    shared_by: str,
-    refuse: bool,
+    index: Tensor, faults: Tensor, num_experts: int, num_ranks: int, group: str, *_: Any
 ) -> Moved:
     """Counts of rows for the experts of each other rank, and what is wrong."""
     # A number for each expert of the other rank, and what is wrong.

@@ -148,15 +148,8 @@ def _route_tokens(
 
 @_route_tokens.register_fake
 def _(
-    index: Tensor,
-    faults: Tensor,
-    num_experts: int,
-    num_ranks: int,
-    group: str,
-    shared_by: str,
-    refuse: bool,
+    index: Tensor, faults: Tensor, num_experts: int, n: int, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n = num_ranks
     arrivals = torch.library.get_ctx().new_dynamic_size()
     return (
         index.new_empty(index.numel()),
@@ -188,9 +181,7 @@ def _send_tokens(
 
 @_dispatch_tokens.register_fake
 @_send_tokens.register_fake
-def _(
-    x: Tensor, order: Tensor, place: Tensor, counts: Tensor, per_token: int, group: str
-) -> Tensor:
+def _(x: Tensor, order: Tensor, place: Tensor, *_: Any) -> Tensor:
     return x.new_empty(place.shape[0], x.shape[1])
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dtcp.distributed.ledger import LEDGER
 from dtcp.kernels.dtypes import accumulation
-from dtcp.kernels.sparse.api import Sight, SparseKeys, sparse_backward, sparse_forward
+from dtcp.kernels.sparse.api import Sight, SparseKeys, sparse_kernel
 from dtcp.kernels.sparse.indexer import top_entries
 from dtcp.local_op import local_op
 
@@ -35,17 +35,8 @@ def select_entries(
 
 
 @select_entries.register_fake
-def _(
-    q: Tensor,
-    weight: Tensor,
-    keys: Tensor,
-    first: Tensor,
-    last: Tensor,
-    closing: Tensor,
-    tiles: Tensor,
-    num_selected: int,
-) -> Tensor:
-    return q.new_empty((*q.shape[:2], num_selected), dtype=torch.int32)
+def _(q: Tensor, *others: Any) -> Tensor:
+    return q.new_empty((*q.shape[:2], others[-1]), dtype=torch.int32)
 
 
 def sparse_attention(
@@ -103,22 +94,13 @@ def _forward(
     sources = SparseKeys(keys, entries, selected, Sight(*sight), value_dim)
     check_sight_of_batch("Sparse attention", sources.sight.last, q)
     LEDGER.record("dtcp::sparse_attention")
-    return sparse_forward(q, sources, sink, scale)
+    return sparse_kernel(q, sources, sink).forward(q, sources, sink, scale)
 
 
 @_forward.register_fake
-def _(
-    q: Tensor,
-    keys: Tensor,
-    entries: Tensor | None,
-    selected: Tensor | None,
-    sink: Tensor | None,
-    sight: Sequence[Tensor],
-    scale: float,
-    value_dim: int,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     rows = q.shape[:-1]
-    return q.new_empty(*rows, value_dim), q.new_empty(rows, dtype=accumulation(q.dtype))
+    return q.new_empty(*rows, others[-1]), q.new_empty(rows, dtype=accumulation(q.dtype))
 
 
 @local_op("dtcp::sparse_attention_backward")
@@ -136,24 +118,15 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     LEDGER.record("dtcp::sparse_attention_backward")
     sources = SparseKeys(keys, entries, selected, Sight(*sight), out.shape[-1])
-    dq, dkeys, *rest = sparse_backward(grad_out, q, sources, sink, out, lse, scale)
+    kernel = sparse_kernel(q, sources, sink)
+    dq, dkeys, *rest = kernel.backward(grad_out, q, sources, sink, out, lse, scale)
     dentries, dsink = (q.new_empty(0) if x is None else x for x in rest)
     return dq, dkeys.to(keys.dtype), dentries.to(keys.dtype), dsink
 
 
 @_backward.register_fake
-def _(
-    grad_out: Tensor,
-    q: Tensor,
-    keys: Tensor,
-    entries: Tensor | None,
-    selected: Tensor | None,
-    sink: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    sight: Sequence[Tensor],
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(grad_out: Tensor, q: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keys, entries, _, sink, *_ = others
     dentries, dsink = (
         q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (entries, sink)
     )

@@ -31,8 +31,6 @@ __all__ = [
     "SparseGradients",
     "SparseKernel",
     "SparseKeys",
-    "sparse_backward",
-    "sparse_forward",
     "sparse_kernel",
 ]
 
@@ -169,23 +167,3 @@ def _say_refusal(reason: str | None) -> None:
         LOG.info("sparse attention is computed by flash, over gathered keys")
     else:
         LOG.warning("sparse attention is not computed by flash, the fastest: it %s", reason)
-
-
-def sparse_forward(
-    q: Tensor, keys: SparseKeys, sink: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attend all queries: out [B, L, H, V] in q's dtype, and lse [B, L, H]."""
-    return sparse_kernel(q, keys, sink).forward(q, keys, sink, scale)
-
-
-def sparse_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    keys: SparseKeys,
-    sink: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-) -> SparseGradients:
-    """Gradients of `sparse_forward`."""
-    return sparse_kernel(q, keys, sink).backward(grad_out, q, keys, sink, out, lse, scale)
