@@ -56,11 +56,9 @@ def token_divergence(
             f"{tuple(student.shape)} placed {placed[0]} and teacher of {tuple(teacher.shape)} "
             f"placed {placed[1]}: shard both alike."
         )
-    mesh = None
-    if isinstance(student, DTensor) and isinstance(teacher, DTensor):
-        _, mesh = vocabulary_shard(student, student.ndim - 1, "A divergence takes logits")
-        student = student.to_local(grad_placements=student.placements)
-        teacher = teacher.to_local()
+    (student, _, mesh), (teacher, *_) = (
+        vocabulary_shard(x, x.ndim - 1, "A divergence takes logits") for x in (student, teacher)
+    )
     flat = (student.flatten(0, -2), teacher.detach().flatten(0, -2))
     check_differentiation("A divergence", student)
     divergence = _Divergence.apply(*flat, labels.flatten() != IGNORED, mesh, temperature)

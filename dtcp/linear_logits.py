@@ -116,10 +116,8 @@ def linear_logit_sums(
     logits = checked_head(logits)
     hidden, weight, bias = logits.hidden, logits.weight, logits.bias
     check_labels_of(hidden.shape[:-1], labels)
-    first, mesh, vocab_size = 0, None, weight.shape[0]
-    if isinstance(weight, DTensor):
-        first, mesh = vocabulary_shard(weight, 0, "A loss takes weights of a head")
-        weight = weight.to_local(grad_placements=weight.placements)
+    vocab_size = weight.shape[0]
+    weight, first, mesh = vocabulary_shard(weight, 0, "A loss takes weights of a head")
     if isinstance(bias, DTensor):
         bias = bias.to_local(grad_placements=bias.placements)
     check_differentiation("A loss over a vocabulary", hidden, weight, bias)

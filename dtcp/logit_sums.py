@@ -39,10 +39,8 @@ class LogitSums:
 def logit_sums(logits: Tensor, labels: Tensor, *, with_mean: bool = False) -> LogitSums:
     """Sums over a vocabulary that may be sharded; arguments and errors are token_mean_loss's."""
     check_tensor("A loss", shape="[B, L, V]", dtypes=FLOATS, logits=logits)
-    first, mesh, vocab_size = 0, None, logits.shape[-1] if logits.ndim else 0
-    if isinstance(logits, DTensor):
-        first, mesh = vocabulary_shard(logits, logits.ndim - 1, "A loss takes logits")
-        logits = logits.to_local(grad_placements=logits.placements)
+    vocab_size = logits.shape[-1] if logits.ndim else 0
+    logits, first, mesh = vocabulary_shard(logits, logits.ndim - 1, "A loss takes logits")
     check_labels_of(logits.shape[:-1], labels)
     check_differentiation("A loss over a vocabulary", logits)
     sums = _LogitSums.apply(logits.flatten(0, -2), labels, first, mesh, vocab_size, with_mean)
@@ -76,15 +74,20 @@ def shaped_sums(sums: Any, labels: Tensor) -> LogitSums:
     return LogitSums(lse, target, mean)
 
 
-def vocabulary_shard(x: DTensor, vocabulary: int, subject: str) -> tuple[int, DeviceMesh | None]:
-    """The first entry of the vocabulary that this rank holds, and the ranks that share it.
+def vocabulary_shard(
+    x: Tensor, vocabulary: int, subject: str
+) -> tuple[Tensor, int, DeviceMesh | None]:
+    """This rank's entries of the vocabulary, which is the first, and the ranks that share it.
 
     Args:
+        x: whole, or a DTensor.
         vocabulary: its dim in x.
     """
-    mesh = x.device_mesh
+    if not isinstance(x, DTensor):
+        return x, 0, None
+    mesh, local = x.device_mesh, x.to_local(grad_placements=x.placements)
     if x.placements == (Replicate(),):
-        return 0, None
+        return local, 0, None
     if x.placements != (Shard(vocabulary),):
         raise ValueError(
             f"{subject} that are whole or sharded in the vocabulary over one axis, got "
@@ -92,7 +95,7 @@ def vocabulary_shard(x: DTensor, vocabulary: int, subject: str) -> tuple[int, De
         )
     # The shards of a DTensor are those of torch.chunk: all full except the last ones.
     full = -(-x.shape[vocabulary] // mesh.size())
-    return full * mesh.get_local_rank(), mesh
+    return local, full * mesh.get_local_rank(), mesh
 
 
 class LabelColumns:

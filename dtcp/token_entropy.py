@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from dtcp.local_op import check_differentiation
 from dtcp.logit_sums import (
@@ -35,10 +34,7 @@ def token_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """
     check_tensor("An entropy", shape="[B, L, V]", dtypes=FLOATS, logits=logits)
     check_labels_of(logits.shape[:-1], labels)
-    first, mesh = 0, None
-    if isinstance(logits, DTensor):
-        first, mesh = vocabulary_shard(logits, logits.ndim - 1, "An entropy takes logits")
-        logits = logits.to_local(grad_placements=logits.placements)
+    logits, first, mesh = vocabulary_shard(logits, logits.ndim - 1, "An entropy takes logits")
     check_differentiation("An entropy over a vocabulary", logits)
     flat = logits.flatten(0, -2)
     columns = LabelColumns(labels, first, flat.shape[1])

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from dtcp.logit_sums import (
     LOGITS_PER_CHUNK,
@@ -50,10 +49,8 @@ def token_statistics(logits: Tensor, labels: Tensor) -> TokenStatistics:
     """
     check_tensor("Statistics", shape="[B, L, V]", dtypes=FLOATS, logits=logits)
     check_labels_of(logits.shape[:-1], labels)
-    first, mesh, vocab_size = 0, None, logits.shape[-1]
-    if isinstance(logits, DTensor):
-        first, mesh = vocabulary_shard(logits, logits.ndim - 1, "Statistics take logits")
-        logits = logits.to_local()
+    vocab_size = logits.shape[-1]
+    logits, first, mesh = vocabulary_shard(logits, logits.ndim - 1, "Statistics take logits")
     flat = logits.flatten(0, -2)
     columns = LabelColumns(labels, first, flat.shape[1])
     # A shard without columns has no share in any sum, no largest logit, and no label.
