@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.testing import assert_close
 
-from dtcp.batch import shard_batch
 from dtcp.compile import EagerIsland, count_graphs
 from dtcp.distributed.ledger import count_traffic
-from dtcp.distributed.mesh import ParallelMesh
 from dtcp.kernels.sparse import block_indexer, indexer, reference
 from dtcp.mixer_metadata import batch_metadata
 from dtcp.sequence.coords import Coords
@@ -32,6 +30,8 @@ from dtcp.sparse_blocks import (
 )
 from tests.harness import packings
 from tests.harness.attention_parity import LAYOUTS
+from tests.harness.picked import Truth, dense, drawn, sharded_for, tokens_of_others_in_sight
+from tests.harness.picked import step as picked_step
 from tests.harness.spmd import spmd
 
 SEQ_LEN = 48
@@ -54,13 +54,6 @@ class Inputs(NamedTuple):
     table: Tensor
 
 
-class Truth(NamedTuple):
-    inputs: Inputs
-    grad_out: Tensor
-    out: Tensor
-    grads: tuple[Tensor, ...]
-
-
 def finish(key: Tensor, table: Tensor) -> Tensor:
     """Something of the mean, and of the first token."""
     return key.tanh() + table.sum(-1, keepdim=True) * 0.2
@@ -68,7 +61,6 @@ def finish(key: Tensor, table: Tensor) -> Tensor:
 
 def inputs(batch: int) -> Inputs:
     """Random ones, on every rank alike."""
-    draw = torch.Generator().manual_seed(4)
     rows = (batch, SEQ_LEN)
     shapes = [
         (*rows, HEADS, DIM),
@@ -78,8 +70,7 @@ def inputs(batch: int) -> Inputs:
         (*rows, INDEX_DIM),
         (*rows, TABLE),
     ]
-    made = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes)
-    return Inputs(*(x.requires_grad_() for x in made))
+    return drawn(Inputs, shapes)
 
 
 def read(x: Inputs, documents: Documents, number: int) -> Tensor:
@@ -130,13 +121,7 @@ def truth(packing: packings.Packing, num_shards: int, number: int, scored: bool)
     else:
         sees = read(x, documents, number)[:, None]
     k, v = (each.repeat_interleave(HEADS // KV_HEADS, dim=2) for each in (x.k, x.v))
-    scores = torch.einsum("bshd,bthd->bhst", x.q, k) * 0.3
-    weights = scores.masked_fill(~sees, -torch.inf).softmax(-1).masked_fill(~sees, 0.0)
-    out = torch.einsum("bhst,bthv->bshv", weights, v)
-    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=out.dtype)
-    grad_out = grad_out * (documents.document() >= 0)[..., None, None]
-    grads = torch.autograd.grad(out, x[:3], grad_out)
-    return Truth(Inputs(*(each.detach() for each in x)), grad_out, out.detach(), grads)
+    return dense(x, documents, sees, (k, v), trained=3)
 
 
 class Layer(nn.Module):
@@ -162,23 +147,9 @@ def claimed(mesh, style, *, scored: bool = False) -> Layer:
 
 
 def step(layer, mesh, packing, layout, *, call=None):
-    """Hold output and every gradient against dense attention; what moved, there and back."""
     ranks = mesh["cp"].size()
-    documents = packing(SEQ_LEN, ranks)
-    expected = truth(packing, ranks, BLOCKS, isinstance(layer.mixer, ScoredBlockAttention))
-    batch = {"input_ids": torch.zeros(documents.batch, SEQ_LEN, dtype=torch.int64)}
-    on = ParallelMesh.from_device_mesh(mesh)
-    sharded = shard_batch(batch, on, layout, model=layer, documents=documents)[1]
-    mine = Inputs(*(sharded.shard(x).clone().requires_grad_() for x in expected.inputs))
-    with count_traffic() as there:
-        out = (layer if call is None else call)(mine, sharded.attn_metadata)
-    with count_traffic() as back:
-        grads = torch.autograd.grad(out, mine, sharded.shard(expected.grad_out), allow_unused=True)
-    assert_close(out, sharded.shard(expected.out))
-    assert grads[3:] == (None,) * 3
-    for actual, whole in zip(grads[:3], expected.grads, strict=True):
-        assert_close(actual, sharded.shard(whole))
-    return sharded, there, back
+    expected = truth(packing, ranks, BLOCKS, layer.scored)
+    return picked_step(layer, mesh, expected, packing(SEQ_LEN, ranks), layout, call=call)
 
 
 @pytest.mark.parametrize("packing", [packings.across_borders, packings.two_rows])
@@ -247,14 +218,6 @@ def of_index(layer: Layer) -> int:
     return INDEX_DIM if layer.scored else INDEX_DIM + TABLE
 
 
-def tokens_of_others_in_sight(documents: Documents, ranks: int) -> list[int]:
-    """Of contiguous shards, one row: left of each, in the document that its border cuts."""
-    document, length = documents.document()[0], SEQ_LEN // ranks
-    return [
-        int((document[: rank * length] == document[rank * length]).sum()) for rank in range(ranks)
-    ]
-
-
 @FORMS
 @spmd(ranks=2)
 def test_compiled_layer_is_one_graph_and_equals_dense_attention(mesh, scored):
@@ -288,9 +251,7 @@ def test_gradients_of_keys_are_summed_unrounded_where_asked(mesh):
     packing, received = packings.one_document, []
     for dtype in (None, torch.float32):
         layer = claimed(mesh, SparseBlockCP(reduce_dtype=dtype))
-        batch = {"input_ids": torch.zeros(1, SEQ_LEN, dtype=torch.int64)}
-        on = ParallelMesh.from_device_mesh(mesh)
-        sharded = shard_batch(batch, on, HeadTail, model=layer, documents=packing(SEQ_LEN, 2))[1]
+        sharded = sharded_for(layer, mesh, packing(SEQ_LEN, 2), HeadTail)
         local = (sharded.shard(x).detach().bfloat16().requires_grad_() for x in inputs(1))
         mine = Inputs(*local)
         with count_traffic() as there:
@@ -355,11 +316,10 @@ def test_metadata_of_another_batch_are_refused(mesh):
     scored = Layer(scored=True)
     with pytest.raises(ValueError, match="An indexer of blocks reads the metadata of its own"):
         scored(inputs(1), batch_metadata(scored, Documents.single(1, 32)))
-    layer, on = claimed(mesh, SparseBlockCP()), ParallelMesh.from_device_mesh(mesh)
+    layer = claimed(mesh, SparseBlockCP())
     mine = Inputs(*(x[:, : SEQ_LEN // 2] for x in inputs(1)))
     for seq_len in (SEQ_LEN // 2, 2 * SEQ_LEN):
-        batch = {"input_ids": torch.zeros(1, seq_len, dtype=torch.int64)}
-        other = shard_batch(batch, on, HeadTail, model=layer)[1]
+        other = sharded_for(layer, mesh, Documents.single(1, seq_len), HeadTail)
         with pytest.raises(ValueError, match="metadata of their own batch, got some for"):
             layer(mine, other.attn_metadata)
 

@@ -6,14 +6,10 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.testing import assert_close
 
-from dtcp.batch import shard_batch
 from dtcp.compile import count_graphs
-from dtcp.distributed.ledger import count_traffic
-from dtcp.distributed.mesh import ParallelMesh
 from dtcp.mixer_metadata import batch_metadata, mixers_of
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
@@ -26,6 +22,8 @@ from dtcp.sparse_latent import (
     SparseLatentShape,
 )
 from tests.harness.attention_parity import LAYOUTS
+from tests.harness.picked import Truth, dense, drawn, keys_of_latents
+from tests.harness.picked import step as picked_step
 from tests.harness.spmd import spmd
 
 SEQ_LEN, POOL, POOLS = 48, 3, 2
@@ -54,15 +52,7 @@ class Inputs(NamedTuple):
     bias: Tensor
 
 
-class Truth(NamedTuple):
-    inputs: Inputs
-    grad_out: Tensor
-    out: Tensor
-    grads: tuple[Tensor, ...]
-
-
 def inputs(batch: int) -> Inputs:
-    draw = torch.Generator().manual_seed(4)
     shapes = [
         (batch, SEQ_LEN, HEADS, CONTENT),
         (batch, SEQ_LEN, LATENT),
@@ -74,8 +64,7 @@ def inputs(batch: int) -> Inputs:
         (batch, SEQ_LEN, INDEX_DIM),
         (POOL, INDEX_DIM),
     ]
-    made = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes)
-    return Inputs(*(x.requires_grad_() for x in made))
+    return drawn(Inputs, shapes)
 
 
 def read_of_document(x: Inputs, row: int, begin: int, end: int) -> Tensor:
@@ -116,15 +105,8 @@ def truth(rows: str) -> Truth:
             own = slice(begin, begin + length)
             read[row, own, own] = read_of_document(x, row, begin, begin + length)
             begin += length
-    made = torch.einsum("bsc,hwc->bshw", x.latent, x.up)
-    scores = torch.einsum("bshd,bthd->bhst", x.q, made[..., :CONTENT]) * 0.3
-    scores = scores.masked_fill(~read[:, None], -torch.inf)
-    weights = scores.softmax(-1).masked_fill(~read[:, None], 0.0)
-    out = torch.einsum("bhst,bthv->bshv", weights, made[..., CONTENT:])
-    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=out.dtype)
-    grad_out = grad_out * read.any(-1)[..., None, None]
-    grads = torch.autograd.grad(out, (x.q, x.latent, x.up), grad_out)
-    return Truth(Inputs(*(each.detach() for each in x)), grad_out, out.detach(), grads)
+    documents, kv = Documents(ROWS[rows], SEQ_LEN), keys_of_latents(x, CONTENT)
+    return dense(x, documents, read[:, None], kv, trained=4)
 
 
 class Layer(nn.Module):
@@ -147,28 +129,8 @@ def claimed(mesh, style) -> Layer:
 
 
 def step(layer, mesh, rows, layout, *, call=None):
-    """Hold output and every gradient against dense attention; what moved, there and back."""
-    expected = truth(rows)
     documents = Documents(ROWS[rows], SEQ_LEN)
-    batch = {"input_ids": torch.zeros(len(ROWS[rows]), SEQ_LEN, dtype=torch.int64)}
-    on = ParallelMesh.from_device_mesh(mesh)
-    sharded = shard_batch(batch, on, layout, model=layer, documents=documents)[1]
-    local = {
-        name: (x if name in WHOLE else sharded.shard(x)).clone().requires_grad_()
-        for name, x in expected.inputs._asdict().items()
-    }
-    mine = Inputs(**local)
-    with count_traffic() as there:
-        out = (layer if call is None else call)(mine, sharded.attn_metadata)
-    with count_traffic() as back:
-        grads = torch.autograd.grad(out, mine, sharded.shard(expected.grad_out), allow_unused=True)
-    assert_close(out, sharded.shard(expected.out))
-    assert grads[4:] == (None,) * 5
-    assert_close(grads[0], sharded.shard(expected.grads[0]))
-    assert_close(grads[1], sharded.shard(expected.grads[1]))
-    dist.all_reduce(up := grads[3])  # a weight: each rank has the share of its own queries
-    assert_close(up, expected.grads[2])
-    return sharded, there, back
+    return picked_step(layer, mesh, truth(rows), documents, layout, weights=WHOLE, call=call)
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -177,7 +139,7 @@ def test_one_device_equals_dense_attention_to_picked_pools(rows):
     mine = Inputs(*(x.clone().requires_grad_() for x in expected.inputs))
     out = layer(mine, batch_metadata(layer, Documents(ROWS[rows], SEQ_LEN)))
     assert_close(out, expected.out)
-    grads = torch.autograd.grad(out, (mine.q, mine.latent, mine.up), expected.grad_out)
+    grads = torch.autograd.grad(out, mine[:4], expected.grad_out)
     assert_close(grads, expected.grads)
 
 

@@ -6,14 +6,11 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.testing import assert_close
 
-from dtcp.batch import shard_batch
 from dtcp.compile import EagerIsland, count_graphs
 from dtcp.distributed.ledger import count_traffic
-from dtcp.distributed.mesh import ParallelMesh
 from dtcp.kernels.sparse import indexer, reference
 from dtcp.mixer_metadata import batch_metadata, mixers_of
 from dtcp.sequence.coords import Coords
@@ -29,6 +26,15 @@ from dtcp.sparse_latent import (
 )
 from tests.harness import packings
 from tests.harness.attention_parity import LAYOUTS
+from tests.harness.picked import (
+    Truth,
+    dense,
+    drawn,
+    keys_of_latents,
+    sharded_for,
+    tokens_of_others_in_sight,
+)
+from tests.harness.picked import step as picked_step
 from tests.harness.spmd import spmd
 
 SEQ_LEN = 48
@@ -53,16 +59,8 @@ class Inputs(NamedTuple):
     index_key: Tensor
 
 
-class Truth(NamedTuple):
-    inputs: Inputs
-    grad_out: Tensor
-    out: Tensor
-    grads: tuple[Tensor, ...]
-
-
 def inputs(batch: int) -> Inputs:
     """Random ones, on every rank alike."""
-    draw = torch.Generator().manual_seed(4)
     rows = (batch, SEQ_LEN)
     shapes = [
         (*rows, HEADS, CONTENT + ROTARY),
@@ -74,8 +72,7 @@ def inputs(batch: int) -> Inputs:
         (*rows, INDEX_HEADS),
         (*rows, INDEX_DIM),
     ]
-    made = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes)
-    return Inputs(*(x.requires_grad_() for x in made))
+    return drawn(Inputs, shapes)
 
 
 def picked(x: Inputs, documents: Documents, number: int) -> Tensor:
@@ -98,21 +95,8 @@ def truth(packing: packings.Packing, num_shards: int, number: int, sinks: bool) 
     """Keys and values of every token, and dense attention to those that were picked."""
     documents = packing(SEQ_LEN, num_shards)
     x = inputs(documents.batch)
-    made = torch.einsum("bsc,hwc->bshw", x.latent, x.up)
-    shared = x.rotary[:, :, None].expand(-1, -1, HEADS, -1)
-    k = torch.cat((made[..., :CONTENT], shared), dim=-1)
-    read = picked(x, documents, number)
-    scores = torch.einsum("bshd,bthd->bhst", x.q, k) * 0.3
-    scores = scores.masked_fill(~read[:, None], -torch.inf)
-    if sinks:
-        shares = x.sink[:, None, None].expand(*scores.shape[:-1], 1)
-        scores = torch.cat((scores, shares), dim=-1)
-    weights = scores.softmax(-1)[..., :SEQ_LEN].masked_fill(~read[:, None], 0.0)
-    out = torch.einsum("bhst,bthv->bshv", weights, made[..., CONTENT:])
-    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=out.dtype)
-    grad_out = grad_out * (documents.document() >= 0)[..., None, None]
-    grads = torch.autograd.grad(out, x[: 5 if sinks else 4], grad_out)
-    return Truth(Inputs(*(each.detach() for each in x)), grad_out, out.detach(), grads)
+    sees, kv = picked(x, documents, number)[:, None], keys_of_latents(x, CONTENT)
+    return dense(x, documents, sees, kv, trained=4 + sinks, sink=x.sink if sinks else None)
 
 
 class Layer(nn.Module):
@@ -136,29 +120,9 @@ def claimed(mesh, style) -> Layer:
 
 
 def step(layer, mesh, packing, layout, *, call=None):
-    """Hold output and every gradient against dense attention; what moved, there and back."""
     ranks = mesh["cp"].size()
     expected, documents = truth(packing, ranks, SELECTED, layer.sinks), packing(SEQ_LEN, ranks)
-    batch = {"input_ids": torch.zeros(documents.batch, SEQ_LEN, dtype=torch.int64)}
-    on = ParallelMesh.from_device_mesh(mesh)
-    sharded = shard_batch(batch, on, layout, model=layer, documents=documents)[1]
-    local = {
-        name: (x if name in OF_HEADS else sharded.shard(x)).clone().requires_grad_()
-        for name, x in expected.inputs._asdict().items()
-    }
-    mine = Inputs(**local)
-    with count_traffic() as there:
-        out = (layer if call is None else call)(mine, sharded.attn_metadata)
-    with count_traffic() as back:
-        grads = torch.autograd.grad(out, mine, sharded.shard(expected.grad_out), allow_unused=True)
-    assert_close(out, sharded.shard(expected.out))
-    assert grads[len(expected.grads) :] == (None,) * (8 - len(expected.grads))
-    for actual, whole in zip(grads[:3], expected.grads, strict=False):
-        assert_close(actual, sharded.shard(whole))
-    for actual, whole in zip(grads[3:], expected.grads[3:], strict=False):
-        dist.all_reduce(actual)  # weights: each rank has the share of its own queries
-        assert_close(actual, whole)
-    return sharded, there, back
+    return picked_step(layer, mesh, expected, documents, layout, weights=OF_HEADS, call=call)
 
 
 @pytest.mark.parametrize("packing", [packings.across_borders, packings.two_rows])
@@ -226,14 +190,6 @@ def of_formula(style, layer, sharded, rank):
     return sum(x.forward for x in formula), sum(x.backward for x in formula)
 
 
-def tokens_of_others_in_sight(documents: Documents, ranks: int) -> list[int]:
-    """Of contiguous shards, one row: left of each, in the document that its border cuts."""
-    document, length = documents.document()[0], SEQ_LEN // ranks
-    return [
-        int((document[: rank * length] == document[rank * length]).sum()) for rank in range(ranks)
-    ]
-
-
 @spmd(ranks=2)
 def test_compiled_layer_is_one_graph_and_equals_dense_attention(mesh):
     layer = claimed(mesh, SparseLatentCP())
@@ -273,9 +229,7 @@ def test_gradients_of_latents_are_summed_unrounded_where_asked(mesh):
         (torch.float32, torch.float32),
     ):
         layer = claimed(mesh, SparseLatentCP(reduce_dtype=dtype))
-        batch = {"input_ids": torch.zeros(1, SEQ_LEN, dtype=torch.int64)}
-        on = ParallelMesh.from_device_mesh(mesh)
-        sharded = shard_batch(batch, on, HeadTail, model=layer, documents=packing(SEQ_LEN, 2))[1]
+        sharded = sharded_for(layer, mesh, packing(SEQ_LEN, 2), HeadTail)
         whole = inputs(1)._asdict().items()
         local = (x if name in OF_HEADS else sharded.shard(x) for name, x in whole)
         mine = Inputs(*(x.detach().bfloat16() for x in local))
@@ -333,12 +287,11 @@ def test_metadata_of_another_batch_are_refused(mesh):
     shorter = batch_metadata(one, Documents.single(1, 32))
     with pytest.raises(ValueError, match="An indexer reads the metadata of its own batch"):
         one(x, shorter)
-    layer, on = claimed(mesh, SparseLatentCP()), ParallelMesh.from_device_mesh(mesh)
-    made = []
-    for seq_len in (SEQ_LEN, SEQ_LEN // 2, 2 * SEQ_LEN):
-        batch = {"input_ids": torch.zeros(1, seq_len, dtype=torch.int64)}
-        made.append(shard_batch(batch, on, HeadTail, model=layer)[1])
-    own, *others = made
+    layer = claimed(mesh, SparseLatentCP())
+    own, *others = (
+        sharded_for(layer, mesh, Documents.single(1, seq_len), HeadTail)
+        for seq_len in (SEQ_LEN, SEQ_LEN // 2, 2 * SEQ_LEN)
+    )
     local = Inputs(*(v if n in OF_HEADS else own.shard(v) for n, v in x._asdict().items()))
     selected = layer.indexer(*local[5:], own.attn_metadata)
     for other in others:
