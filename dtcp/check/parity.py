@@ -166,20 +166,15 @@ def _kinds(mixer: Any) -> Iterator[str]:
 @contextmanager
 def _watch_mixers(model: nn.Module, by_layer: dict[str, OpCount]) -> Iterator[None]:
     """Note what the forward and the backward of each mixer add to the ledger."""
-    hooks = []
-    for name, mixer in _mixers(model):
-        before, after = _between(by_layer, f"{name}, forward")
-        hooks += [mixer.register_forward_pre_hook(before), mixer.register_forward_hook(after)]
-        before, after = _between(by_layer, f"{name}, backward")
-        hooks += [
-            mixer.register_full_backward_pre_hook(before),
-            mixer.register_full_backward_hook(after),
-        ]
-    try:
+    with ExitStack() as hooks:
+        for name, mixer in _mixers(model):
+            before, after = _between(by_layer, f"{name}, forward")
+            hooks.enter_context(mixer.register_forward_pre_hook(before))
+            hooks.enter_context(mixer.register_forward_hook(after))
+            before, after = _between(by_layer, f"{name}, backward")
+            hooks.enter_context(mixer.register_full_backward_pre_hook(before))
+            hooks.enter_context(mixer.register_full_backward_hook(after))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _between(

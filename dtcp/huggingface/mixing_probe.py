@@ -6,7 +6,7 @@ in it; and on a sharded sequence, any such module that no plan claims would see 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any, cast
@@ -86,13 +86,10 @@ def find_mixing(model: nn.Module, run: RunModel, seq_len: int, *, pools: bool = 
         if moved:
             mixing.append(names[module])
 
-    hooks = [m.register_forward_hook(replay, with_kwargs=True) for m in names]
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            run()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.no_grad(), torch.random.fork_rng():
+        for module in names:
+            hooks.enter_context(module.register_forward_hook(replay, with_kwargs=True))
+        run()
     # A router that sorts the tokens of a row mixes them; where they come back as they went, the
     # module around it does not. Of what makes nothing of so few, no module shows the effect.
     shown = [name for name in mixing if name not in pooling]
@@ -121,16 +118,12 @@ def calls(model: nn.Module, kind: type[nn.Module] = nn.Module) -> Iterator[list[
     def leave(*_: Any) -> None:
         running.pop()
 
-    hooks: list[Any] = []
-    for name, module in model.named_modules():
-        if isinstance(module, kind):
-            hooks.append(module.register_forward_pre_hook(enter(name)))
-            hooks.append(module.register_forward_hook(leave))
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, kind):
+                hooks.enter_context(module.register_forward_pre_hook(enter(name)))
+                hooks.enter_context(module.register_forward_hook(leave))
         yield running
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def written_again(module: nn.Module) -> Callable[..., Any] | None:
     GPT-J and CodeGen attend by the registry from transformers 5.24 on, without a table each.
     """
     forward = FORWARDS.get(type(module).__name__)
-    by_registry = forward in (_gptj, _codegen) and not hasattr(module, "embed_positions")
+    by_registry = forward is _gptj and not hasattr(module, "embed_positions")
     return None if by_registry else forward
 
 
@@ -165,31 +165,26 @@ def _gptj(
     output_attentions: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
+    """Of CodeGen as well."""
     check_no_cache(self, kwargs)
-    projections = self.q_proj, self.k_proj, self.v_proj
-    q, k, v = (each(hidden_states).unflatten(-1, (-1, self.head_dim)) for each in projections)
-    q, k, v = _turned(self, q, k, v, position_ids)
-    out = attend_by_name(self, q, k, v, attention_mask, **_gptjs(self), **kwargs)
+    q, k, v = _turned(self, *_gptjs_heads(self, hidden_states), position_ids)
+    kwargs |= {"scaling": 1 / self.scale_attn}
+    kwargs["dropout"] = self.attn_dropout.p if self.training else 0.0
+    out = attend_by_name(self, q, k, v, attention_mask, **kwargs)
     return self.resid_dropout(self.out_proj(out)), None
 
 
-def _codegen(
-    self: Any,
-    hidden_states: Tensor,
-    attention_mask: Any = None,
-    position_ids: Tensor | None = None,
-    use_cache: bool = False,
-    output_attentions: bool = False,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    check_no_cache(self, kwargs)
-    # In parts of as many heads, each with all queries, values and keys of its own.
-    shape = self.dtcp_parts, 3, -1, self.head_dim
-    qvk = self.qkv_proj(hidden_states).unflatten(-1, shape)
-    q, v, k = (x.flatten(2, 3) for x in qvk.unbind(-3))
-    q, k, v = _turned(self, q, k, v, position_ids)
-    out = attend_by_name(self, q, k, v, attention_mask, **_gptjs(self), **kwargs)
-    return self.resid_dropout(self.out_proj(out)), None
+def _gptjs_heads(module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v [B, L, H, D], by three projections or by CodeGen's one."""
+    if hasattr(module, "qkv_proj"):
+        # In parts of as many heads, each with all queries, values and keys of its own.
+        shape = module.dtcp_parts, 3, -1, module.head_dim
+        qvk = module.qkv_proj(hidden_states).unflatten(-1, shape)
+        q, v, k = (x.flatten(2, 3) for x in qvk.unbind(-3))
+    else:
+        projections = module.q_proj, module.k_proj, module.v_proj
+        q, k, v = (x(hidden_states).unflatten(-1, (-1, module.head_dim)) for x in projections)
+    return q, k, v
 
 
 def _turned(
@@ -207,12 +202,6 @@ def _turned(
     return turned(q).transpose(1, 2), turned(k).transpose(1, 2), v.transpose(1, 2)
 
 
-def _gptjs(module: Any) -> dict[str, float]:
-    """GPT-J's scale, and its dropout."""
-    dropout = module.attn_dropout.p if module.training else 0.0
-    return {"scaling": 1 / module.scale_attn, "dropout": dropout}
-
-
 def _slopes(module: Any, q: Tensor) -> Tensor:
     """In the place of ALiBi for every key: [H], a slope for each head that the module computes."""
     slopes: Tensor = module.dtcp_slopes
@@ -224,7 +213,7 @@ FORWARDS: Mapping[str, Callable[..., Any]] = {
     "BloomAttention": _bloom,
     "MptAttention": _mpt,
     "GPTJAttention": _gptj,
-    "CodeGenAttention": _codegen,
+    "CodeGenAttention": _gptj,
     **PICKING,
     **COMPRESSED,
     **BLOCKS,

@@ -6,6 +6,7 @@ gave for the row's last token.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,13 +61,10 @@ def find_pooled_head(
 
         return keep
 
-    hooks = [module.register_forward_hook(note(name)) for name, module in _heads(model)]
-    try:
-        with torch.no_grad():
-            outputs = outputs_of_rows(run(ids), seq_len)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for name, module in _heads(model):
+            hooks.enter_context(module.register_forward_hook(note(name)))
+        outputs = outputs_of_rows(run(ids), seq_len)
     last = [length - 1 for length in lengths]
     for name, out in reversed(output_of.items()):
         expected = out[torch.arange(len(lengths)), last].flatten()

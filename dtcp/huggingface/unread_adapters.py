@@ -2,7 +2,7 @@
 what is quantized is no weight of numbers."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -32,13 +32,11 @@ def noting_unread_adapters(model: nn.Module, refused: list[str]) -> Iterator[Non
     def note(name: str) -> Any:
         return lambda *_: called.add(name)
 
-    watched = {*layers, *(_parent(name) for name in layers)}
-    hooks = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in watched]
-    try:
+    with ExitStack() as hooks:
+        for name in {*layers, *(_parent(name) for name in layers)}:
+            hook = model.get_submodule(name).register_forward_pre_hook(note(name))
+            hooks.enter_context(hook)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
     def is_unread(name: str) -> bool:
         kind = type(model.get_submodule(_parent(name))).__name__

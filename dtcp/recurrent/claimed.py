@@ -1,5 +1,7 @@
 """What a recurrent mixer becomes once a style has taken it over."""
 
+from typing import Any
+
 from torch import Tensor
 
 from dtcp.metadata import BatchMetadata
@@ -12,34 +14,37 @@ from dtcp.recurrent.moves import DeltaShape, LinearShape
 from dtcp.recurrent.op import gated_delta_rule
 
 
-class ContextParallelDeltaRule(ClaimedMixer, GatedDeltaRule):
+class HandsStatesOn(ClaimedMixer):
+    """A mixer whose states come from other ranks."""
+
+    def exchange(self, metadata: DeltaMetadata, shape: DeltaShape) -> dict[str, Any]:
+        """How they come, as the ops take it."""
+        ranks, segments = metadata.chain.shape
+        states = self.style.states
+        scan = not metadata.in_stretches and states.scans(ranks, segments, shape.summary)
+        return {"scan": scan, "groups": self.groups}
+
+
+class ContextParallelDeltaRule(HandsStatesOn, GatedDeltaRule):
     """A GatedDeltaRule that a style has taken over."""
 
     def carry_out(
         self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, attn_metadata: BatchMetadata
     ) -> Tensor:
         metadata: DeltaMetadata = self.own(attn_metadata)
-        ranks, segments = metadata.chain.shape
-        scan = not metadata.in_stretches and self.style.states.scans(
-            ranks, segments, DeltaShape.of(k, v).summary
-        )
-        parts = (*self.unit(q, k), v, g, beta)
-        return gated_delta_rule(*parts, metadata, scan=scan, groups=self.groups)
+        exchange = self.exchange(metadata, DeltaShape.of(k, v))
+        return gated_delta_rule(*self.unit(q, k), v, g, beta, metadata, **exchange)
 
 
-class ContextParallelLinearAttention(ClaimedMixer, GatedLinearAttention):
+class ContextParallelLinearAttention(HandsStatesOn, GatedLinearAttention):
     """A GatedLinearAttention that a style has taken over."""
 
     def carry_out(
         self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, attn_metadata: BatchMetadata
     ) -> Tensor:
         metadata: DeltaMetadata = self.own(attn_metadata)
-        ranks, segments = metadata.chain.shape
-        scan = not metadata.in_stretches and self.style.states.scans(
-            ranks, segments, LinearShape.of(k, v).summary
-        )
-        parts = (self.scaled(q), k, v, g)
-        return gated_linear_attention(*parts, metadata, scan=scan, groups=self.groups)
+        exchange = self.exchange(metadata, LinearShape.of(k, v))
+        return gated_linear_attention(self.scaled(q), k, v, g, metadata, **exchange)
 
 
 class ContextParallelConv(ClaimedMixer, CausalConv1d):

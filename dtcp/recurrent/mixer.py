@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtcp.metadata import BatchMetadata
+from dtcp.metadata import AttentionMetadata, BatchMetadata
 from dtcp.mixer import Mixer
 from dtcp.recurrent.conv import causal_conv
 from dtcp.recurrent.linear import gated_linear_attention
-from dtcp.recurrent.metadata import ConvMetadata, DeltaMetadata, conv_metadata, delta_metadata
+from dtcp.recurrent.metadata import ConvMetadata, conv_metadata, delta_metadata
 from dtcp.recurrent.op import gated_delta_rule
 from dtcp.sequence.arguments import FLOATS, check_ints, check_scale, check_tensor
 from dtcp.sequence.coords import Coords
@@ -33,6 +33,13 @@ class RecurrentMixer(Mixer):
         # A learned one is a factor like any other, outside of the op.
         if name == "scale" and value is not None and not isinstance(value, Tensor):
             check_scale(value)
+
+    def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
+        v: Tensor = args[2]
+        return v
+
+    def whole_row_metadata(self, coords: Coords) -> AttentionMetadata:
+        return delta_metadata(coords, None)
 
 
 class GatedDeltaRule(RecurrentMixer):
@@ -68,18 +75,11 @@ class GatedDeltaRule(RecurrentMixer):
         """
         return gated_delta_rule(*self.unit(q, k), v, g, beta, self.own(attn_metadata))
 
-    def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
-        v: Tensor = args[2]
-        return v
-
     def unit(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q and k as the rule takes them."""
         check_tensor("The delta rule", shape="[B, L, G, K]", ndim=4, dtypes=FLOATS, q=q, k=k)
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         return (_unit(q, scale), _unit(k)) if self.normalize else (q * scale, k)
-
-    def whole_row_metadata(self, coords: Coords) -> DeltaMetadata:
-        return delta_metadata(coords, None)
 
     def extra_repr(self) -> str:
         return f"normalize={self.normalize}, scale={self.scale}"
@@ -119,17 +119,10 @@ class GatedLinearAttention(RecurrentMixer):
         """
         return gated_linear_attention(self.scaled(q), k, v, g, self.own(attn_metadata))
 
-    def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
-        v: Tensor = args[2]
-        return v
-
     def scaled(self, q: Tensor) -> Tensor:
         """The queries as the op takes them."""
         check_tensor("Linear attention", shape="[B, L, G, K]", ndim=4, dtypes=FLOATS, q=q)
         return q * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)
-
-    def whole_row_metadata(self, coords: Coords) -> DeltaMetadata:
-        return delta_metadata(coords, None)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}"
