@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from benchmarks.report import conditions, publish, table
 from dtcp.kernels.softmax.api import (
@@ -49,7 +48,6 @@ class Problem(NamedTuple):
 
     queries: Queries
     keys: Keys
-    block_ranges: Tensor
     params: SoftmaxParams
     pairs: int
 
@@ -89,8 +87,7 @@ def _problem(length: int, dim: int, heads: int, groups: int, mask: Mask, device:
     )
     return Problem(
         Queries.of(q, first.to(device), last.to(device)),
-        Keys(k, v, token_index.to(device)),
-        block_ranges(first, last, token_index),
+        Keys(k, v, token_index.to(device), block_ranges(first, last, token_index)),
         SoftmaxParams(dim**-0.5),
         int((last - first + 1).sum()),
     )
@@ -98,7 +95,7 @@ def _problem(length: int, dim: int, heads: int, groups: int, mask: Mask, device:
 
 def _forward(problem: Problem, kernel: AttentionKernel) -> OnlineSoftmax:
     state = OnlineSoftmax.empty(problem.queries.q, problem.keys.v.shape[-1])
-    kernel.attend(state, *problem[:4])
+    kernel.attend(state, *problem[:3])
     return state
 
 
@@ -106,7 +103,7 @@ def _backward(problem: Problem, kernel: AttentionKernel, saved: SavedForward) ->
     grads = GradAccumulators(
         *(zeros_for(x) for x in (problem.queries.q, problem.keys.k, problem.keys.v))
     )
-    kernel.attend_backward(grads, saved, *problem[:4])
+    kernel.attend_backward(grads, saved, *problem[:3])
     return grads
 
 

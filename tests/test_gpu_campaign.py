@@ -155,7 +155,7 @@ def test_documents_of_the_campaign_are_several():
         documents = problems.lognormal_documents(length)
         assert len(documents.lengths[0]) > 3 and min(documents.lengths[0]) < 200
     problem = whole_problem("documents", kernels.LENGTH, Heads(2, 1, 16), "cpu")
-    calls = calls_of(problem.pieces, batch=1, length=kernels.LENGTH, num_keys=kernels.LENGTH)
+    calls = calls_of(problem.keys.pieces, batch=1, length=kernels.LENGTH, num_keys=kernels.LENGTH)
     assert [call.packed for call in calls] == [True]
 
 

@@ -52,13 +52,11 @@ def _run(name: str, tokens: int, heads: Heads, device: str) -> Any:
 
 def _end(problem: Problem) -> Problem:
     """The last queries, and all keys that these see: no others see the last of them."""
-    queries, (k, v, index) = problem.queries, problem.keys
+    queries, (k, v, index) = problem.queries, problem.keys[:3]
     q, first, last = (x[:, -WINDOW:] for x in queries[:3])
     index = index[-2 * WINDOW :]
     ranges = block_ranges(first.cpu(), last.cpu(), index.cpu())
-    keys = Keys(k[:, -2 * WINDOW :], v[:, -2 * WINDOW :], index)
     return problem._replace(
         queries=queries._replace(q=q, first_key=first, last_key=last),
-        keys=keys,
-        block_ranges=ranges,
+        keys=Keys(k[:, -2 * WINDOW :], v[:, -2 * WINDOW :], index, ranges),
     )

@@ -56,8 +56,6 @@ class Problem(NamedTuple):
 
     queries: Queries
     keys: Keys
-    block_ranges: Tensor
-    pieces: Tensor
     pairs: int
 
     def without(self, params: SoftmaxParams) -> dict[str, Any] | None:
@@ -66,7 +64,7 @@ class Problem(NamedTuple):
         What a named backend cannot do another one computes, which is not to be measured as it.
         """
         try:
-            choice = kernel_choice(self.queries, self.keys, self.pieces, params)
+            choice = kernel_choice(self.queries, self.keys, params)
         except ValueError as refused:
             return {"refused": str(refused)}
         if choice.backend.name == params.kernel:
@@ -75,16 +73,17 @@ class Problem(NamedTuple):
         return {"failed" if FAILED in reason else "refused": reason}
 
     def forward(self, params: SoftmaxParams, sink: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return attend_once(*self[:3], params, pieces=self.pieces, sink=sink)
+        return attend_once(self.queries, self.keys, params, sink=sink)
 
     def backward(self, saved: SavedForward, params: SoftmaxParams) -> tuple[Tensor, ...]:
-        return attend_once_backward(saved, *self[:3], params, pieces=self.pieces)
+        return attend_once_backward(saved, self.queries, self.keys, params)
 
     def to(self, dtype: torch.dtype) -> "Problem":
         """The same rounded numbers in another dtype."""
-        q, (k, v, index) = self.queries, self.keys
+        q, keys = self.queries, self.keys
         return self._replace(
-            queries=q._replace(q=q.q.to(dtype)), keys=Keys(k.to(dtype), v.to(dtype), index)
+            queries=q._replace(q=q.q.to(dtype)),
+            keys=keys._replace(k=keys.k.to(dtype), v=keys.v.to(dtype)),
         )
 
 
@@ -157,7 +156,7 @@ def problem_of(
     pieces = find_pieces(first, last, index, tiles=ranges.shape[1])
     pairs = _pairs(first, last, index)
     queries = Queries.of(q, first.to(device), last.to(device))
-    return Problem(queries, Keys(k, v, index.to(device)), ranges, pieces, pairs)
+    return Problem(queries, Keys(k, v, index.to(device), ranges, pieces), pairs)
 
 
 def whole_problem(mask: str, length: int, heads: Heads, device: str) -> Problem:

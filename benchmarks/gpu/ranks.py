@@ -98,11 +98,11 @@ def _right(
         order = shards.permutation().to(device)
         wide = whole.to(torch.float64)
         truth, state = ReferenceAttention(), OnlineSoftmax.empty(wide.queries.q, SMALL.width)
-        truth.attend(state, wide.queries, wide.keys, whole.block_ranges, params)
+        truth.attend(state, wide.queries, wide.keys, params)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(length, device=device))
         saved = SavedForward(grad_out[:, back].double(), state.out, state.lse)
         sums = GradAccumulators(*(torch.zeros_like(x) for x in (wide.queries.q, *wide.keys[:2])))
-        truth.attend_backward(sums, saved, wide.queries, wide.keys, whole.block_ranges, params)
+        truth.attend_backward(sums, saved, wide.queries, wide.keys, params)
         # Gradients leave an op in the model's dtype.
         dq, dk, dv = (x.to(out.dtype) for x in (dq, dk, dv))
         ours = (out[:, back], lse[:, back], dq[:, back], dk, dv)
@@ -158,8 +158,8 @@ def _parts(
     tables = (metadata.key_token_index, metadata.key_counts, metadata.block_ranges)
     for index, count, ranges, pieces in zip(*tables, metadata.pieces, strict=True):
         held = index[:count].to(device)
-        keys = Keys(whole.keys.k[:, held], whole.keys.v[:, held], held)
-        yield Problem(queries, keys, ranges, pieces, 0)
+        keys = Keys(whole.keys.k[:, held], whole.keys.v[:, held], held, ranges, pieces)
+        yield Problem(queries, keys, 0)
 
 
 def _rank_results(
@@ -172,10 +172,10 @@ def _rank_results(
 ) -> tuple[torch.Tensor, ...]:
     """out, lse, grad_out and dq of this rank's queries, and dk and dv of the whole row."""
     parts = list(_parts(style, layout, rank, intervals, whole))
-    q, (k, v, _) = parts[0].queries.q, whole.keys
+    q, (k, v) = parts[0].queries.q, whole.keys[:2]
     state = OnlineSoftmax.empty(q, v.shape[-1])
     for part in parts:
-        attend(state, *part[:3], params, pieces=part.pieces)
+        attend(state, part.queries, part.keys, params)
     out, lse = state.finish(None, q.dtype)
     generator = torch.Generator(q.device).manual_seed(1 + rank)
     grad_out = torch.randn(out.shape, device=q.device, generator=generator).to(q.dtype)
@@ -184,7 +184,7 @@ def _rank_results(
     for part in parts:
         buffers = (torch.zeros(x.shape, device=x.device) for x in part.keys[:2])
         grads = GradAccumulators(dq, *buffers)
-        attend_backward(grads, saved, *part[:3], params, pieces=part.pieces)
+        attend_backward(grads, saved, part.queries, part.keys, params)
         index = part.keys.token_index.long()
         dk.index_add_(1, index, grads.dk)
         dv.index_add_(1, index, grads.dv)

@@ -35,9 +35,8 @@ class AllGather(ExchangeStrategy):
         metadata: KeyExchangeMetadata = context.metadata
         rows = self._bring(payload, metadata, context)
         keys = _in_token_order(payload, rows, metadata)
-        ranges, pieces = metadata.block_ranges[0], metadata.pieces[0]
         softmax = replace(context.softmax, wide=False)  # nothing is merged
-        result = attend_once(queries, keys, ranges, softmax, pieces=pieces, sink=sink)
+        result = attend_once(queries, keys, softmax, sink=sink)
         return *result, *self.kept(rows, metadata)
 
     def attend_backward(
@@ -53,10 +52,9 @@ class AllGather(ExchangeStrategy):
         keys = _in_token_order(payload, rows, metadata)
         buffers, dq = payload.grad_buffers(keys.v.shape[1]), zeros_for(queries.q)
         grads = GradAccumulators(dq, buffers.dk, buffers.dv)
-        ranges, pieces = metadata.block_ranges[0], metadata.pieces[0]
         if metadata.counts.shape[1] > 1 or context.shares_kv_heads:
-            note_rounded_sums(queries, keys, pieces, context.softmax)
-        attend_backward(grads, saved, queries, keys, ranges, context.softmax, pieces=pieces)
+            note_rounded_sums(queries, keys, context.softmax)
+        attend_backward(grads, saved, queries, keys, context.softmax)
 
         of_keys = payload.finish(buffers, keys.v, 0).transpose(0, 1)
         dtype = context.grad_dtype(queries.q.dtype)
@@ -80,8 +78,7 @@ class AllGather(ExchangeStrategy):
 
 def _in_token_order(payload: KVPayload, rows: Tensor, metadata: KeyExchangeMetadata) -> Keys:
     """Local and required keys."""
-    k, v = payload.in_order(rows, metadata.key_order)
-    return Keys(k, v, metadata.key_token_index[0, : k.shape[1]])
+    return metadata.keys_of(0, *payload.in_order(rows, metadata.key_order))
 
 
 ALL_GATHER = AttentionOp("all_gather_attention", AllGather(), communicates=True)

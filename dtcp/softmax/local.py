@@ -36,10 +36,9 @@ class _Local:
         assert x.k is not None
         metadata: LocalMetadata = context.metadata
         check_key_count(x, metadata.key_token_index.numel())
-        queries = x.queries(metadata)
-        keys, ranges, pieces = _keys(x, metadata), metadata.block_ranges, metadata.pieces
+        queries, keys = x.queries(metadata), _keys(x, metadata)
         softmax = replace(context.softmax, wide=False)  # nothing is merged
-        out, lse = attend_once(queries, keys, ranges, softmax, pieces=pieces, sink=x.sink)
+        out, lse = attend_once(queries, keys, softmax, sink=x.sink)
         return ForwardResult(out, [lse])
 
     def backward(
@@ -48,11 +47,10 @@ class _Local:
         assert x.k is not None
         metadata: LocalMetadata = context.metadata
         saved = SavedForward(grad_out, result.out, result.saved[0])
-        queries = x.queries(metadata)
-        keys, ranges, pieces = _keys(x, metadata), metadata.block_ranges, metadata.pieces
+        queries, keys = x.queries(metadata), _keys(x, metadata)
         if context.shares_kv_heads:
-            note_rounded_sums(queries, keys, pieces, context.softmax)
-        grads = attend_once_backward(saved, queries, keys, ranges, context.softmax, pieces=pieces)
+            note_rounded_sums(queries, keys, context.softmax)
+        grads = attend_once_backward(saved, queries, keys, context.softmax)
         dsink = local_sink_gradient(saved, x.sink)
         return AttentionInputs(*grads, dsink, **bias_gradients(queries))
 
@@ -70,7 +68,8 @@ class _Local:
 def _keys(x: AttentionInputs, metadata: LocalMetadata) -> Keys:
     """In the queries' dtype: keys whose gradients are summed further may come in a wider one."""
     assert x.k is not None
-    return Keys(x.k.to(x.q.dtype), x.v.to(x.q.dtype), metadata.key_token_index)
+    k, v = x.k.to(x.q.dtype), x.v.to(x.q.dtype)
+    return Keys(k, v, metadata.key_token_index, metadata.block_ranges, metadata.pieces)
 
 
 LOCAL = _Local()

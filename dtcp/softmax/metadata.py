@@ -15,6 +15,7 @@ from dtcp.kernels.softmax.block_ranges import (
     block_ranges_of_parts,
 )
 from dtcp.kernels.softmax.pieces import no_pieces, pieces_of_parts
+from dtcp.kernels.softmax.types import Keys
 from dtcp.metadata import AttentionMetadata, HostTensor, no_indices
 from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
@@ -61,6 +62,11 @@ class KeyExchangeMetadata(AttentionMetadata):
     # Of keys that came in from other nodes and go on inside this one; empty where none do.
     onward: Tensor = field(default_factory=no_indices)  # int32, which of the received, by peer
     onward_counts: HostTensor = field(default_factory=_no_counts)  # [2, n] int64, as counts
+
+    def keys_of(self, part: int, k: Tensor, v: Tensor) -> Keys:
+        """The keys and values of a part [B, m, G, ..] with what is known of them."""
+        token_index = self.key_token_index[part, : k.shape[1]]
+        return Keys(k, v, token_index, self.block_ranges[part], self.pieces[part])
 
     @property
     def moved(self) -> Tensor:

@@ -268,7 +268,7 @@ class NodeRing:
             k, v = self.payload.received(rows.index_select(0, order), step)
         else:
             k, v = self.payload.in_order(rows, order)
-        return Keys(k, v, self.metadata.key_token_index[step, : order.numel()])
+        return self.metadata.keys_of(step, k, v)
 
     def _order(self, step: int) -> Tensor:
         """Where each of a step's keys in token order stands among its rows."""

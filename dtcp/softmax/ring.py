@@ -49,13 +49,12 @@ class _Ring(ExchangeStrategy):
     ) -> tuple[Tensor, ...]:
         metadata: KeyExchangeMetadata = context.metadata
         partial = None
-        for step, keys in _way_around(payload, context, queries.q.dtype).steps():
+        for _, keys in _way_around(payload, context, queries.q.dtype).steps():
             if partial is None:
                 partial = OnlineSoftmax.empty(queries.q, keys.v.shape[-1])
                 if metadata.counts.shape[1] > 1:
-                    note_merged_parts(queries, keys, metadata.pieces[0], context.softmax)
-            ranges, pieces = metadata.block_ranges[step], metadata.pieces[step]
-            attend(partial, queries, keys, ranges, context.softmax, pieces=pieces)
+                    note_merged_parts(queries, keys, context.softmax)
+            attend(partial, queries, keys, context.softmax)
         assert partial is not None
         return partial.finish(sink, queries.q.dtype)
 
@@ -72,11 +71,10 @@ class _Ring(ExchangeStrategy):
         way = _way_around(payload, context, context.grad_dtype(queries.q.dtype))
         for step, keys in way.steps():
             if step == 0 and (metadata.counts.shape[1] > 1 or context.shares_kv_heads):
-                note_rounded_sums(queries, keys, metadata.pieces[0], context.softmax)
+                note_rounded_sums(queries, keys, context.softmax)
             buffers = payload.grad_buffers(keys.v.shape[1])
             grads = GradAccumulators(dq, buffers.dk, buffers.dv)
-            ranges, pieces = metadata.block_ranges[step], metadata.pieces[step]
-            attend_backward(grads, saved, queries, keys, ranges, context.softmax, pieces=pieces)
+            attend_backward(grads, saved, queries, keys, context.softmax)
             way.returned(step, payload.finish(buffers, keys.v, step))
         return dq, way.finish()
 
@@ -121,7 +119,7 @@ class _RankRing:
                 with transfer_stream(slots):
                     rows, start = payload.pack(slots), self._start(step + 1)
                     arriving = start_bringing(rows, [len(slots)], [count], self.context, start)
-            yield step, Keys(k, v, self.metadata.key_token_index[step, : k.shape[1]])
+            yield step, self.metadata.keys_of(step, k, v)
 
     def returned(self, step: int, rows: Tensor) -> None:
         """Take in the gradients of a step's rows, [B, m, G, W], and send them home."""

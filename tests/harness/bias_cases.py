@@ -172,17 +172,15 @@ def computed(case: BiasedCase, grad_out: Tensor, device: str, kernel: str) -> di
     params = SoftmaxParams(SCALE, case.softcap, kernel)
     state = OnlineSoftmax.empty(q, case.value_dim)
     lined_up = list(_parts(case, x["k"], x["v"], first, last))
-    for _, keys, ranges in lined_up:
-        assert (
-            type(attention_kernel(queries, keys, params=params)).__name__.lower().startswith(kernel)
-        )
-        attend(state, queries, keys, ranges, params)
+    for _, keys in lined_up:
+        assert type(attention_kernel(queries, keys, params)).__name__.lower().startswith(kernel)
+        attend(state, queries, keys, params)
     out, lse = state.finish(x["sink"], case.dtype)
     saved = SavedForward(grad_out[:, own].to(device), out, lse)
     own_dq, dq, dk, dv = (zeros_for(each) for each in (q, *(x[name] for name in "qkv")))
-    for tokens, keys, ranges in lined_up:
+    for tokens, keys in lined_up:
         grads = GradAccumulators(own_dq, zeros_for(keys.k), zeros_for(keys.v))
-        attend_backward(grads, saved, queries, keys, ranges, params)
+        attend_backward(grads, saved, queries, keys, params)
         dk[:, tokens], dv[:, tokens] = grads.dk[:, : len(tokens)], grads.dv[:, : len(tokens)]
     dq[:, own] = own_dq
     results = {"out": out, "q": dq, "k": dk, "v": dv, "sink": local_sink_gradient(saved, x["sink"])}
@@ -195,14 +193,14 @@ def computed(case: BiasedCase, grad_out: Tensor, device: str, kernel: str) -> di
 
 def _parts(
     case: BiasedCase, k: Tensor, v: Tensor, first: Tensor, last: Tensor
-) -> Iterator[tuple[Tensor, Keys, Tensor]]:
-    """The tokens of each part, its keys with empty slots behind, and its block ranges."""
+) -> Iterator[tuple[Tensor, Keys]]:
+    """The tokens of each part, and its keys with empty slots behind."""
     for part in range(case.parts):
         tokens = torch.arange(part, case.seq_len, case.parts)
         index = torch.nn.functional.pad(tokens, (0, case.unused), value=UNUSED).int()
         padding = (0, 0, 0, 0, 0, case.unused)
         slots = (torch.nn.functional.pad(x[:, tokens], padding) for x in (k, v))
-        yield tokens, Keys(*slots, index.to(k.device)), block_ranges(first, last, index)
+        yield tokens, Keys(*slots, index.to(k.device), block_ranges(first, last, index))
 
 
 def biased_errors(

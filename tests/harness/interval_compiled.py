@@ -142,9 +142,9 @@ def launch(
     queries, keys = Queries(q, index, index, bias), Keys(k, v, index[0])
     kernel, params = TritonAttention(), SoftmaxParams(0.1, softcap)
     state = OnlineSoftmax.empty(q, value_dim)
-    kernel.attend(state, queries, keys, index, params)
+    kernel.attend(state, queries, keys, params)
     saved = SavedForward(out, out, state.lse)
-    kernel.attend_backward(GradAccumulators(dq, dk, dv), saved, queries, keys, index, params)
+    kernel.attend_backward(GradAccumulators(dq, dk, dv), saved, queries, keys, params)
 
 
 def pretend(gpu: NoGpu) -> None:

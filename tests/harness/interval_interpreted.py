@@ -83,12 +83,12 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ..
 
 def _interval_attended(queries: Queries, keys: Keys, grad: Tensor) -> tuple[Tensor, ...]:
     q, k, v = queries.q, keys.k, keys.v
-    kernel, params, unread = TritonAttention(), SoftmaxParams(0.25), keys.token_index
+    kernel, params = TritonAttention(), SoftmaxParams(0.25)
     state = OnlineSoftmax.empty(q, v.shape[-1])
-    kernel.attend(state, queries, keys, unread, params)
+    kernel.attend(state, queries, keys, params)
     saved = SavedForward(grad, state.out.to(q.dtype), state.lse)
     grads = GradAccumulators(*(torch.zeros(x.shape) for x in (q, k, v)))
-    kernel.attend_backward(grads, saved, queries, keys, unread, params)
+    kernel.attend_backward(grads, saved, queries, keys, params)
     return (*state, *grads)
 
 

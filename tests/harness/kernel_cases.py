@@ -119,19 +119,19 @@ def computed(case: KernelCase, grad_out: Tensor, device: str) -> Results:
         token_index = torch.nn.functional.pad(tokens, (0, case.unused), value=UNUSED)
         token_index = token_index.to(torch.int32)
         slots = [_with_unused(x[:, tokens], case.unused) for x in (k, v)]
-        keys = Keys(*slots, token_index.to(device))
-        parts.append((keys, block_ranges(first, last, token_index)))
+        ranges = block_ranges(first, last, token_index)
+        parts.append(Keys(*slots, token_index.to(device), ranges))
 
     state = OnlineSoftmax.empty(queries.q, base.value_dim)
-    for keys, ranges in parts:
-        assert type(attention_kernel(queries, keys, params=params)).__name__ == "TritonAttention"
-        attend(state, queries, keys, ranges, params)
+    for keys in parts:
+        assert type(attention_kernel(queries, keys, params)).__name__ == "TritonAttention"
+        attend(state, queries, keys, params)
     out, lse = state.finish(None, base.dtype)
     saved = SavedForward(grad_out.to(device), out, lse)
     dq, dk, dv = (zeros_for(x) for x in (queries.q, k, v))
-    for tokens, (keys, ranges) in zip(case.parts, parts, strict=True):
+    for tokens, keys in zip(case.parts, parts, strict=True):
         grads = GradAccumulators(dq, zeros_for(keys.k), zeros_for(keys.v))
-        attend_backward(grads, saved, queries, keys, ranges, params)
+        attend_backward(grads, saved, queries, keys, params)
         count = len(tokens)
         assert not grads.dk[:, count:].any() and not grads.dv[:, count:].any()
         dk[:, tokens], dv[:, tokens] = grads.dk[:, :count], grads.dv[:, :count]

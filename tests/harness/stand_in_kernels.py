@@ -95,13 +95,9 @@ class StandInKernels:
         self.name, self.used = name, Counter[str]()
 
     def __call__(
-        self,
-        queries: Queries,
-        keys: Keys,
-        pieces: Tensor | None = None,
-        params: SoftmaxParams = UNSCALED,
+        self, queries: Queries, keys: Keys, params: SoftmaxParams = UNSCALED
     ) -> AttentionKernel:
-        calls = calls_between(queries, keys, pieces)
+        calls = calls_between(queries, keys, keys.pieces)
         width = 512 if self.name == "ffpa" else 128
         demand = on_gpu(demand_of(queries, keys, calls, params), 90, width=width)
         backend = replace(backend_named(self.name), package=None)

@@ -105,10 +105,8 @@ def assert_within(case, dtype):
     assert {name: error for name, error in errors.items() if not error <= bound[name]} == {}
 
 
-def problem(
-    length: int, heads: tuple[int, int], dim: int, mask: Mask
-) -> tuple[Queries, Keys, torch.Tensor]:
-    """(queries, keys, block ranges) of one row of bf16 noise."""
+def problem(length: int, heads: tuple[int, int], dim: int, mask: Mask) -> tuple[Queries, Keys]:
+    """Queries and keys of one row of bf16 noise."""
     coords = Coords.of(Documents.single(1, length))
     first, last = mask.intervals(coords)
     q, k, v = (
@@ -117,19 +115,19 @@ def problem(
     )
     token_index = torch.arange(length, dtype=torch.int32)
     ranges = block_ranges(first, last, token_index)
-    return Queries.of(q, first.cuda(), last.cuda()), Keys(k, v, token_index.cuda()), ranges
+    return Queries.of(q, first.cuda(), last.cuda()), Keys(k, v, token_index.cuda(), ranges)
 
 
-def step(queries: Queries, keys: Keys, ranges: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def step(queries: Queries, keys: Keys) -> tuple[torch.Tensor, ...]:
     """out, lse, and gradients of random cotangents."""
     params = SoftmaxParams(queries.q.shape[-1] ** -0.5, kernel="triton")
     state = OnlineSoftmax.empty(queries.q, keys.v.shape[-1])
-    attend(state, queries, keys, ranges, params)
+    attend(state, queries, keys, params)
     out, lse = state.finish(None, queries.q.dtype)
     generator = torch.Generator("cuda").manual_seed(3)
     grad_out = torch.randn(out.shape, device="cuda", generator=generator).to(out.dtype)
     grads = GradAccumulators(*(zeros_for(x) for x in (queries.q, keys.k, keys.v)))
-    attend_backward(grads, SavedForward(grad_out, out, lse), queries, keys, ranges, params)
+    attend_backward(grads, SavedForward(grad_out, out, lse), queries, keys, params)
     return out, lse, *grads
 
 
@@ -149,14 +147,14 @@ def test_a_step_on_a_gpu_waits_for_nothing_and_repeats_itself():
 def test_offsets_on_a_gpu_pass_31_bits():
     """The last queries of 2.3e9 numbers, against the same queries alone."""
     length, alone, window = 131_136, 128, 64
-    queries, keys, ranges = problem(length, (136, 1), 128, Causal() & SlidingWindow(window))
+    queries, keys = problem(length, (136, 1), 128, Causal() & SlidingWindow(window))
     assert queries.q.numel() > 2**31
     state = OnlineSoftmax.empty(queries.q, 128)
-    attend(state, queries, keys, ranges, SoftmaxParams(0.1, kernel="triton"))
+    attend(state, queries, keys, SoftmaxParams(0.1, kernel="triton"))
     few = Queries(*(x[:, -alone:] for x in queries[:3]))
     near = Keys(*(x[:, -4 * alone :] for x in keys[:2]), keys.token_index[-4 * alone :])
     right = OnlineSoftmax.empty(few.q, 128)
-    attend(right, few, near, ranges, SoftmaxParams(0.1, kernel="triton"))
+    attend(right, few, near, SoftmaxParams(0.1, kernel="triton"))
     assert_close(state.out[:, -alone:], right.out, atol=1e-2, rtol=1e-2)
     assert_close(state.lse[:, -alone:], right.lse, atol=1e-4, rtol=1e-5)
 
@@ -182,9 +180,9 @@ def test_a_mixer_on_a_gpu_equals_plain_torch(compiled):
 
 def test_a_gpu_runs_tritons_kernels():
     """And fp64 in plain torch."""
-    queries, keys, _ = problem(8, (1, 1), 16, Causal())
+    queries, keys = problem(8, (1, 1), 16, Causal())
     named = SoftmaxParams(0.1, kernel="triton")
-    assert type(attention_kernel(queries, keys, params=named)).__name__ == "TritonAttention"
+    assert type(attention_kernel(queries, keys, named)).__name__ == "TritonAttention"
     wide = keys._replace(k=keys.k.double(), v=keys.v.double())
     kernel = attention_kernel(queries._replace(q=queries.q.double()), wide)
     assert isinstance(kernel, ReferenceAttention)

@@ -223,20 +223,20 @@ def test_attend_adds_keys_met_in_parts(monkeypatch, packing, softcap, most_keys)
     parts = []
     for parity in (0, 1):
         token_index = torch.arange(parity, 24, 2)
-        keys = Keys(k[:, token_index], v[:, token_index], token_index)
-        parts.append((token_index, keys, block_ranges(first, last, token_index, tile=5)))
+        ranges = block_ranges(first, last, token_index, tile=5)
+        parts.append(Keys(k[:, token_index], v[:, token_index], token_index, ranges))
     state = OnlineSoftmax.empty(q, 8)
-    for _, keys, ranges in parts:
-        attend(state, queries, keys, ranges, params)
+    for keys in parts:
+        attend(state, queries, keys, params)
     out, lse = state.finish(None, q.dtype)
     assert_close(out, expected.out)
 
     dq, dk, dv = zeros_for(q), zeros_for(k), zeros_for(v)
     saved = SavedForward(expected.grad_out, out, lse)
-    for token_index, keys, ranges in parts:
+    for keys in parts:
         grads = GradAccumulators(dq, zeros_for(keys.k), zeros_for(keys.v))
-        attend_backward(grads, saved, queries, keys, ranges, params)
-        dk[:, token_index], dv[:, token_index] = grads.dk, grads.dv
+        attend_backward(grads, saved, queries, keys, params)
+        dk[:, keys.token_index], dv[:, keys.token_index] = grads.dk, grads.dv
     assert_close((dq, dk, dv), expected.grads)
 
 

@@ -59,7 +59,7 @@ def kernels(request, monkeypatch):
 
 
 def problem(case, tokens=None):
-    """(queries, keys of each part, tables of each part) of a case."""
+    """Queries, and keys of each part, of a case."""
     documents = case.documents(4)
     coords = Coords.of(
         documents,
@@ -72,7 +72,7 @@ def problem(case, tokens=None):
     for index in tokens or [torch.arange(case.seq_len)]:
         ranges = block_ranges(first, last, index)
         pieces = find_pieces(first, last, index, tiles=ranges.shape[1])
-        parts.append((index, Keys(k[:, index], v[:, index], index.int()), ranges, pieces))
+        parts.append(Keys(k[:, index], v[:, index], index.int(), ranges, pieces))
     return Queries.of(q, first, last), parts
 
 
@@ -85,12 +85,12 @@ def cases():
 
 def test_backends_on_stand_ins_compute_every_mask_at_once(kernels):
     for case in cases():
-        queries, ((_, keys, ranges, pieces),) = problem(case)
+        queries, (keys,) = problem(case)
         params, expected = SoftmaxParams(case.key_dim**-0.5, case.softcap), truth(case, 4)
-        out, lse = attend_once(queries, keys, ranges, params, pieces=pieces)
+        out, lse = attend_once(queries, keys, params)
         assert_close(out, expected.out)
         saved = SavedForward(expected.grad_out, out, lse)
-        grads = attend_once_backward(saved, queries, keys, ranges, params, pieces=pieces)
+        grads = attend_once_backward(saved, queries, keys, params)
         assert_close(grads, expected.grads)
     expected_use = {
         "flash": {"interval", "packed causal", "causal", "window", "packed rectangle"},
@@ -111,15 +111,15 @@ def test_backends_on_stand_ins_merge_parts(kernels):
         params, expected = SoftmaxParams(case.key_dim**-0.5), truth(case, 4)
         sink = None if expected.inputs[3] is None else expected.inputs[3].detach()
         state = OnlineSoftmax.empty(queries.q, case.value_dim)
-        for _, keys, ranges, pieces in parts:
-            attend(state, queries, keys, ranges, params, pieces=pieces)
+        for keys in parts:
+            attend(state, queries, keys, params)
         out, lse = state.finish(sink, queries.q.dtype)
         assert_close(out, expected.out)
         dq, saved = zeros_for(queries.q), SavedForward(expected.grad_out, out, lse)
         dk, dv = (torch.empty_like(x) for x in expected.grads[1:3])
-        for index, keys, ranges, pieces in parts:
+        for index, keys in zip(halves, parts, strict=True):
             grads = GradAccumulators(dq, zeros_for(keys.k), zeros_for(keys.v))
-            attend_backward(grads, saved, queries, keys, ranges, params, pieces=pieces)
+            attend_backward(grads, saved, queries, keys, params)
             dk[:, index], dv[:, index] = grads.dk, grads.dv
         assert_close((dq, dk, dv), expected.grads[:3])
 
@@ -135,14 +135,14 @@ def test_backends_on_stand_ins_load_heads_that_are_at_odd_places(kernels):
     """As kernels do, 16 bytes at a time; packed, in windows, in rows of several calls."""
     for packing in (packings.one_document, packings.two_rows):
         case = Case(IMAGES if kernels.name == "flash" else CAUSAL, packing, sink=False)
-        queries, ((_, keys, ranges, pieces),) = problem(case)
+        queries, (keys,) = problem(case)
         queries = queries._replace(q=beside_a_gate(queries.q))
         keys = keys._replace(k=beside_a_gate(keys.k), v=beside_a_gate(keys.v))
         params, expected = SoftmaxParams(case.key_dim**-0.5), truth(case, 4)
-        out, lse = attend_once(queries, keys, ranges, params, pieces=pieces)
+        out, lse = attend_once(queries, keys, params)
         assert_close(out, expected.out)
         saved = SavedForward(beside_a_gate(expected.grad_out), out, lse)
-        grads = attend_once_backward(saved, queries, keys, ranges, params, pieces=pieces)
+        grads = attend_once_backward(saved, queries, keys, params)
         assert_close(grads, expected.grads)
 
 

@@ -66,32 +66,25 @@ _UNSCALED = SoftmaxParams(1.0)
 
 
 def attention_kernel(
-    queries: Queries,
-    keys: Keys,
-    pieces: Tensor | None = None,
-    params: SoftmaxParams = _UNSCALED,
+    queries: Queries, keys: Keys, params: SoftmaxParams = _UNSCALED
 ) -> AttentionKernel:
     """The backend that `params` names, or the fastest that does what these tensors ask for.
 
-    Args:
-        pieces: what `find_pieces` gave for these queries and keys; None for any interval mask.
     Raises:
         ValueError: the named backend cannot, or there is none of that name.
     """
-    calls = _calls(queries, keys, pieces)
+    calls = _calls(queries, keys)
     demand = demand_of(queries, keys, calls, params)
     return _made(chosen(demand, params.kernel).backend, demand, calls)
 
 
-def kernel_choice(
-    queries: Queries, keys: Keys, pieces: Tensor | None, params: SoftmaxParams
-) -> KernelChoice:
+def kernel_choice(queries: Queries, keys: Keys, params: SoftmaxParams) -> KernelChoice:
     """What `attention_kernel` takes for these, and why not another.
 
     Raises:
         ValueError: as of `attention_kernel`.
     """
-    return chosen(demand_of(queries, keys, _calls(queries, keys, pieces), params), params.kernel)
+    return chosen(demand_of(queries, keys, _calls(queries, keys), params), params.kernel)
 
 
 def check_kernel(
@@ -118,48 +111,26 @@ def chosen(demand: Demand, name: str) -> KernelChoice:
     return choice
 
 
-def note_merged_parts(
-    queries: Queries, keys: Keys, pieces: Tensor | None, params: SoftmaxParams
-) -> None:
+def note_merged_parts(queries: Queries, keys: Keys, params: SoftmaxParams) -> None:
     """Say once if parts are going to be merged that their kernel has rounded."""
-    _say_of_backend(log_rounded_parts, queries, keys, pieces, params)
+    _say_of_backend(log_rounded_parts, queries, keys, params)
 
 
-def note_rounded_sums(
-    queries: Queries, keys: Keys, pieces: Tensor | None, params: SoftmaxParams
-) -> None:
+def note_rounded_sums(queries: Queries, keys: Keys, params: SoftmaxParams) -> None:
     """Say once if ranks are going to sum gradients of keys that their kernels have rounded."""
-    _say_of_backend(log_rounded_sums, queries, keys, pieces, params)
+    _say_of_backend(log_rounded_sums, queries, keys, params)
 
 
 def _say_of_backend(
-    say: Callable[[str], None],
-    queries: Queries,
-    keys: Keys,
-    pieces: Tensor | None,
-    params: SoftmaxParams,
+    say: Callable[[str], None], queries: Queries, keys: Keys, params: SoftmaxParams
 ) -> None:
     if queries.q.is_cuda and queries.q.dtype in HALF:
-        say(kernel_choice(queries, keys, pieces, params).backend.name)
+        say(kernel_choice(queries, keys, params).backend.name)
 
 
-def attend(
-    state: OnlineSoftmax,
-    queries: Queries,
-    keys: Keys,
-    block_ranges: Tensor,
-    params: SoftmaxParams,
-    *,
-    pieces: Tensor | None = None,
-) -> None:
-    """Merge the attention of `queries` over `keys` into `state`.
-
-    Args:
-        block_ranges: [B, tiles, 6], what `block_ranges` gave for these queries and keys.
-        pieces: what `find_pieces` gave for them; None for any interval mask.
-    """
-    kernel = attention_kernel(queries, keys, pieces, params)
-    kernel.attend(state, queries, keys, block_ranges, params)
+def attend(state: OnlineSoftmax, queries: Queries, keys: Keys, params: SoftmaxParams) -> None:
+    """Merge the attention of `queries` over `keys` into `state`."""
+    attention_kernel(queries, keys, params).attend(state, queries, keys, params)
 
 
 def attend_backward(
@@ -167,50 +138,34 @@ def attend_backward(
     saved: SavedForward,
     queries: Queries,
     keys: Keys,
-    block_ranges: Tensor,
     params: SoftmaxParams,
-    *,
-    pieces: Tensor | None = None,
 ) -> None:
     """Add the gradients of `attend` over these keys to `grads`; dk and dv are of `keys`."""
-    kernel = attention_kernel(queries, keys, pieces, params)
-    kernel.attend_backward(grads, saved, queries, keys, block_ranges, params)
+    attention_kernel(queries, keys, params).attend_backward(grads, saved, queries, keys, params)
 
 
 def attend_once(
-    queries: Queries,
-    keys: Keys,
-    block_ranges: Tensor,
-    params: SoftmaxParams,
-    *,
-    pieces: Tensor | None = None,
-    sink: Tensor | None = None,
+    queries: Queries, keys: Keys, params: SoftmaxParams, *, sink: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention where there are no other keys: out [B, L, H, V] in q's dtype and lse [B, L, H]."""
-    kernel = attention_kernel(queries, keys, pieces, params)
+    kernel = attention_kernel(queries, keys, params)
     if isinstance(kernel, OneGoAttention):
         out, lse = add_sink(*kernel.attend_once(queries, keys, params), sink)
         return out.to(queries.q.dtype), lse
     state = OnlineSoftmax.empty(queries.q, keys.v.shape[-1])
-    kernel.attend(state, queries, keys, block_ranges, params)
+    kernel.attend(state, queries, keys, params)
     return state.finish(sink, queries.q.dtype)
 
 
 def attend_once_backward(
-    saved: SavedForward,
-    queries: Queries,
-    keys: Keys,
-    block_ranges: Tensor,
-    params: SoftmaxParams,
-    *,
-    pieces: Tensor | None = None,
+    saved: SavedForward, queries: Queries, keys: Keys, params: SoftmaxParams
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv of `attend_once`."""
-    kernel = attention_kernel(queries, keys, pieces, params)
+    kernel = attention_kernel(queries, keys, params)
     if isinstance(kernel, OneGoAttention):
         return kernel.attend_once_backward(saved, queries, keys, params)
     grads = GradAccumulators(zeros_for(queries.q), zeros_for(keys.k), zeros_for(keys.v))
-    kernel.attend_backward(grads, saved, queries, keys, block_ranges, params)
+    kernel.attend_backward(grads, saved, queries, keys, params)
     return grads.dq, grads.dk, grads.dv
 
 
@@ -219,8 +174,9 @@ def local_sink_gradient(saved: SavedForward, sink: Tensor | None) -> Tensor | No
     return None if sink is None else sink_gradient(*saved, sink)
 
 
-def _calls(queries: Queries, keys: Keys, pieces: Tensor | None) -> tuple[Call, ...] | None:
+def _calls(queries: Queries, keys: Keys) -> tuple[Call, ...] | None:
     """What the mask comes to; where only kernels for any interval run, nobody needs to know."""
+    pieces = keys.pieces
     if pieces is None or not queries.q.is_cuda:
         return None
     batch, length = queries.q.shape[:2]

@@ -66,7 +66,7 @@ def demand_of(
     queries: Queries, keys: Keys, calls: Sequence[Call] | None, params: SoftmaxParams
 ) -> Demand:
     """What this attention asks; `calls` None for a mask that is no plain window."""
-    q, (k, v, _) = queries.q, keys
+    q, (k, v) = queries.q, keys[:2]
     arch = 0
     if q.is_cuda:
         major, minor = torch.cuda.get_device_capability(q.device)

@@ -73,12 +73,7 @@ class PlainAttention:
         self.kernel, self.calls = kernel, calls
 
     def attend(
-        self,
-        state: OnlineSoftmax,
-        queries: Queries,
-        keys: Keys,
-        block_ranges: Tensor,
-        params: SoftmaxParams,
+        self, state: OnlineSoftmax, queries: Queries, keys: Keys, params: SoftmaxParams
     ) -> None:
         for call in self.calls:
             out, lse = self._forward(call, queries, keys, params)
@@ -91,7 +86,6 @@ class PlainAttention:
         saved: SavedForward,
         queries: Queries,
         keys: Keys,
-        block_ranges: Tensor,
         params: SoftmaxParams,
     ) -> None:
         for call, parts in self._backward(saved, queries, keys, params):
@@ -131,7 +125,7 @@ class PlainAttention:
             if _whole(call, queries) and call.keys == slice(0, keys.k.shape[1]):
                 return parts
         sums = GradAccumulators(zeros_for(queries.q), zeros_for(keys.k), zeros_for(keys.v))
-        self.attend_backward(sums, saved, queries, keys, torch.empty(0), params)
+        self.attend_backward(sums, saved, queries, keys, params)
         return sums.dq, sums.dk, sums.dv
 
     def _forward(

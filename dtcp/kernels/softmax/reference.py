@@ -30,14 +30,9 @@ class ReferenceAttention:
     """`AttentionKernel` in plain torch, on any device and in any dtype."""
 
     def attend(
-        self,
-        state: OnlineSoftmax,
-        queries: Queries,
-        keys: Keys,
-        block_ranges: Tensor,
-        params: SoftmaxParams,
+        self, state: OnlineSoftmax, queries: Queries, keys: Keys, params: SoftmaxParams
     ) -> None:
-        for block in _blocks(queries, keys, block_ranges):
+        for block in _blocks(queries, keys):
             out, lse = block_attention(
                 queries.q[block.queries],
                 keys.k[block.keys],
@@ -55,10 +50,9 @@ class ReferenceAttention:
         saved: SavedForward,
         queries: Queries,
         keys: Keys,
-        block_ranges: Tensor,
         params: SoftmaxParams,
     ) -> None:
-        for block in _blocks(queries, keys, block_ranges):
+        for block in _blocks(queries, keys):
             dq, dk, dv = block_attention_backward(
                 saved.grad_out[block.queries],
                 queries.q[block.queries],
@@ -98,13 +92,14 @@ class _Block(NamedTuple):
         return partial(queries.bias.add_gradients, queries=self.queries, key_index=key_index)
 
 
-def _blocks(queries: Queries, keys: Keys, block_ranges: Tensor) -> Iterator[_Block]:
+def _blocks(queries: Queries, keys: Keys) -> Iterator[_Block]:
     """All blocks that some query sees; rows with the same ranges share theirs."""
-    batch = queries.q.shape[0]
-    same_rows = bool((block_ranges == block_ranges[:1]).all())
+    batch, ranges = queries.q.shape[0], keys.block_ranges
+    assert ranges is not None
+    same_rows = bool((ranges == ranges[:1]).all())
     row_groups = [slice(0, batch)] if same_rows else [slice(b, b + 1) for b in range(batch)]
     for rows in row_groups:
-        for q_start, q_stop, *key_range in block_ranges[rows.start].tolist():
+        for q_start, q_stop, *key_range in ranges[rows.start].tolist():
             tile = slice(q_start, q_stop)
             for start, stop, masked in _pieces(*key_range):
                 for first in range(start, stop, MAX_BLOCK_KEYS):

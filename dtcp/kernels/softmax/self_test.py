@@ -38,7 +38,6 @@ class Problem(NamedTuple):
 
     queries: Queries
     keys: Keys
-    block_ranges: Tensor
     calls: tuple[Call, ...] | None
     grad_out: Tensor
 
@@ -109,8 +108,7 @@ def _problem(first: Tensor, last: Tensor, demand: Demand) -> Problem:
     k, v = rows.split((key, value), dim=-1)
     return Problem(
         Queries(q, first.to(device), last.to(device), _bias(demand, noise)),
-        Keys(k, v, index.to(device)),
-        block_ranges(first, last, index),
+        Keys(k, v, index.to(device), block_ranges(first, last, index)),
         calls,
         grad_out,
     )
@@ -137,11 +135,11 @@ def _errors(
 ) -> dict[str, float]:
     """Of out, lse and the gradients, by name; both kernels read the same out and lse."""
     params = SoftmaxParams(demand.key_width**-0.5, 20.0 if demand.softcap else 0.0)
-    queries, keys, ranges = problem.queries, problem.keys, problem.block_ranges
+    queries, keys = problem.queries, problem.keys
     value_width = keys.v.shape[-1]
     right, ours = (OnlineSoftmax.empty(queries.q, value_width) for _ in range(2))
-    reference.attend(right, queries, keys, ranges, params)
-    kernel.attend(ours, queries, keys, ranges, params)
+    reference.attend(right, queries, keys, params)
+    kernel.attend(ours, queries, keys, params)
     # As in a ring: out and lse of backward are over more keys than these, here over a sink's.
     sink = torch.linspace(-1, 1, queries.q.shape[2], device=queries.q.device)
     out, lse = right.finish(sink, queries.q.dtype)
@@ -150,7 +148,7 @@ def _errors(
     sums = [GradAccumulators(*(lse.new_zeros(x.shape) for x in like)) for _ in "ab"]
     biases = [None if queries.bias is None else queries.bias.emptied() for _ in "ab"]
     for each, grads, bias in zip((reference, kernel), sums, biases, strict=True):
-        each.attend_backward(grads, saved, queries._replace(bias=bias), keys, ranges, params)
+        each.attend_backward(grads, saved, queries._replace(bias=bias), keys, params)
     errors = {"out": token_error(ours.out, right.out), "lse": lse_error(ours.lse, right.lse)}
     for name, *pair in zip(("dq", "dk", "dv"), sums[1], sums[0], strict=True):
         errors[name] = token_error(*pair)

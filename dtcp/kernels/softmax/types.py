@@ -32,11 +32,16 @@ class SoftmaxParams:
 
 
 class Keys(NamedTuple):
-    """Keys that are on this rank, in ascending order of their places in the sequence."""
+    """Keys that are on this rank, in ascending order of their places in the sequence.
+
+    And what the host knows of which of them the queries see that they are given with.
+    """
 
     k: Tensor  # [B, K, G, D]
     v: Tensor  # [B, K, G, V]
     token_index: Tensor  # [K]
+    block_ranges: Tensor | None = None  # [B, tiles, 6] int64, of block_ranges: plain torch's
+    pieces: Tensor | None = None  # of find_pieces; None for any interval mask
 
 
 class Queries(NamedTuple):
@@ -104,19 +109,10 @@ class SavedForward(NamedTuple):
 
 
 class AttentionKernel(Protocol):
-    """A backend: forward and backward of local queries over some keys.
-
-    `block_ranges` are those of `dtcp.kernels.softmax.block_ranges` for these queries and keys:
-    [B, tiles, 6] int64 on the host.
-    """
+    """A backend: forward and backward of local queries over some keys."""
 
     def attend(
-        self,
-        state: OnlineSoftmax,
-        queries: Queries,
-        keys: Keys,
-        block_ranges: Tensor,
-        params: SoftmaxParams,
+        self, state: OnlineSoftmax, queries: Queries, keys: Keys, params: SoftmaxParams
     ) -> None:
         """Merge the attention of `queries` over `keys` into `state`."""
 
@@ -126,7 +122,6 @@ class AttentionKernel(Protocol):
         saved: SavedForward,
         queries: Queries,
         keys: Keys,
-        block_ranges: Tensor,
         params: SoftmaxParams,
     ) -> None:
         """Add the gradients of `attend` over these keys to `grads`; dk and dv are of `keys`.

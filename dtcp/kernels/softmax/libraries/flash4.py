@@ -123,12 +123,7 @@ class FlashIntervalAttention:
         self.functions, self.blocks = functions, blocks
 
     def attend(
-        self,
-        state: OnlineSoftmax,
-        queries: Queries,
-        keys: Keys,
-        block_ranges: Tensor,
-        params: SoftmaxParams,
+        self, state: OnlineSoftmax, queries: Queries, keys: Keys, params: SoftmaxParams
     ) -> None:
         out, lse = self.attend_once(queries, keys, params)
         merge_into(state.out, state.lse, out.to(state.out.dtype), lse)
@@ -139,7 +134,6 @@ class FlashIntervalAttention:
         saved: SavedForward,
         queries: Queries,
         keys: Keys,
-        block_ranges: Tensor,
         params: SoftmaxParams,
     ) -> None:
         parts = self.attend_once_backward(saved, queries, keys, params)

@@ -114,12 +114,7 @@ class TritonAttention:
     """`AttentionKernel` for the tensors that `triton_runs_on` accepts."""
 
     def attend(
-        self,
-        state: OnlineSoftmax,
-        queries: Queries,
-        keys: Keys,
-        block_ranges: Tensor,
-        params: SoftmaxParams,
+        self, state: OnlineSoftmax, queries: Queries, keys: Keys, params: SoftmaxParams
     ) -> None:
         if keys.k.shape[1] == 0:
             return
@@ -132,7 +127,6 @@ class TritonAttention:
         saved: SavedForward,
         queries: Queries,
         keys: Keys,
-        block_ranges: Tensor,
         params: SoftmaxParams,
     ) -> None:
         if keys.k.shape[1] == 0:
@@ -143,7 +137,7 @@ class TritonAttention:
 
 
 def _attend(state: OnlineSoftmax, queries: Queries, keys: Keys, params: SoftmaxParams) -> None:
-    q, (k, v, key_index) = queries.q, keys
+    q, (k, v, key_index) = queries.q, keys[:3]
     batch, length, heads, _ = q.shape
     tile = attention_tiling(k, v, queries.bias).forward
     with torch.cuda.device_of(q):
@@ -168,7 +162,7 @@ def _attend_backward(
     keys: Keys,
     params: SoftmaxParams,
 ) -> None:
-    q, (k, v, key_index) = queries.q, keys
+    q, (k, v, key_index) = queries.q, keys[:3]
     batch, length, heads, _ = q.shape
     num_keys, groups = k.shape[1:3]
     tiling = attention_tiling(k, v, queries.bias)
