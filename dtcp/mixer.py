@@ -8,7 +8,7 @@ A mixer reads `attn_metadata`, what the batch brings: made once per batch on the
 each kind of mixer. A model takes it as an argument and hands it through.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from types import MethodType
 from typing import Any, Self
@@ -37,6 +37,9 @@ class Mixer(nn.Module):
 
     ranks: str = ""
     """Which global ranks the style exchanges with, in words."""
+
+    groups: Sequence[str] = ()
+    """Names of the process groups that the style talks over."""
 
     layers: int = 1
     """How many layers it stands for, where one block of a kind stands for all of them."""

@@ -9,7 +9,12 @@ from dtcp.metadata import AttentionMetadata, BatchMetadata
 from dtcp.mixer import Mixer
 from dtcp.recurrent.conv import causal_conv
 from dtcp.recurrent.linear import gated_linear_attention
-from dtcp.recurrent.metadata import ConvMetadata, conv_metadata, delta_metadata
+from dtcp.recurrent.metadata import (
+    ConvMetadata,
+    DeltaMetadata,
+    conv_metadata,
+    delta_metadata,
+)
 from dtcp.recurrent.op import gated_delta_rule
 from dtcp.sequence.arguments import FLOATS, check_ints, check_scale, check_tensor
 from dtcp.sequence.coords import Coords
@@ -33,6 +38,10 @@ class RecurrentMixer(Mixer):
         # A learned one is a factor like any other, outside of the op.
         if name == "scale" and value is not None and not isinstance(value, Tensor):
             check_scale(value)
+
+    def exchange(self, metadata: DeltaMetadata, k: Tensor, v: Tensor) -> dict[str, Any]:
+        """How states come from other ranks, as the ops take it; here: none do."""
+        return {}
 
     def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
         v: Tensor = args[2]
@@ -73,7 +82,9 @@ class GatedDeltaRule(RecurrentMixer):
         Returns:
             [B, L, H, V].
         """
-        return gated_delta_rule(*self.unit(q, k), v, g, beta, self.own(attn_metadata))
+        metadata: DeltaMetadata = self.own(attn_metadata)
+        exchange = self.exchange(metadata, k, v)
+        return gated_delta_rule(*self.unit(q, k), v, g, beta, metadata, **exchange)
 
     def unit(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q and k as the rule takes them."""
@@ -117,7 +128,9 @@ class GatedLinearAttention(RecurrentMixer):
         Returns:
             [B, L, H, V], in the dtype of v.
         """
-        return gated_linear_attention(self.scaled(q), k, v, g, self.own(attn_metadata))
+        metadata: DeltaMetadata = self.own(attn_metadata)
+        exchange = self.exchange(metadata, k, v)
+        return gated_linear_attention(self.scaled(q), k, v, g, metadata, **exchange)
 
     def scaled(self, q: Tensor) -> Tensor:
         """The queries as the op takes them."""
@@ -158,7 +171,9 @@ class CausalConv1d(RecurrentMixer):
         """x [B, L, C], weight [C, w], a token's own tap last, and bias [C] -> [B, L, C]."""
         self.check_weight(x, weight, bias)
         metadata: ConvMetadata = self.own(attn_metadata)
-        return causal_conv(x, weight, metadata, bias=bias, dilation=self.dilation)
+        return causal_conv(
+            x, weight, metadata, bias=bias, groups=self.groups, dilation=self.dilation
+        )
 
     def check_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """Refuse taps of another width than the metadata are of, or of other channels."""

@@ -7,11 +7,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from dtcp.distributed.dtensor_rules import HEADS, SEQ
-from dtcp.kernels.rotary import rotate
 from dtcp.local_op import check_differentiation
-from dtcp.metadata import BatchMetadata
 from dtcp.mixer import ClaimedMixer
-from dtcp.mixer_positions import check_position_ids
 from dtcp.sequence.arguments import check_tensor
 from dtcp.softmax.inputs import AttentionInputs
 from dtcp.softmax.mixer import CrossAttention, KeysFromValues, LatentAttention, SoftmaxAttention
@@ -20,36 +17,23 @@ from dtcp.softmax.mixer import CrossAttention, KeysFromValues, LatentAttention, 
 class ContextParallelAttention(ClaimedMixer, SoftmaxAttention):
     """A SoftmaxAttention that a style has taken over."""
 
-    def carry_out(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attn_metadata: BatchMetadata,
-        *,
-        sink: Tensor | None = None,
-        bias: Tensor | None = None,
-        slope: Tensor | None = None,
-        relative: Tensor | None = None,
-        profiles: Tensor | None = None,
-    ) -> Tensor:
+    carry_out = SoftmaxAttention.forward
+
+    def attend(self, x: AttentionInputs, metadata: Any) -> Tensor:
         """Local shards in, local shard out; DTensors in, DTensor out.
 
         The op's rule checks their placements (dtensor.py), not traced code.
         """
-        self.check_bias(bias, slope, relative, profiles)
-        check_tensor("Attention", shape="[B, L, heads, width]", q=q, k=k, v=v)
-        own_bias = {"relative": relative, "profiles": profiles}
-        x = AttentionInputs(q, k, v, sink, bias=bias, slope=slope, **own_bias)
+        check_tensor("Attention", shape="[B, L, heads, width]", q=x.q, k=x.k, v=x.v)
         _check_plain(**{name: getattr(x, name) for name in (*x.per_head, "profiles")})
         check_differentiation("Attention on shards", *x)
-        metadata, softmax = self.own(attn_metadata), self.softmax(q)
         of_tokens: dict[str, Any] = {name: getattr(x, name) for name in x.of_tokens}
         distributed = any(isinstance(each, DTensor) for each in of_tokens.values())
         if not distributed:
             x = x._replace(**{name: self._wrap(each) for name, each in of_tokens.items()})
-        sizes = self.group_sizes
-        out = self.style.op(x, metadata, softmax, groups=self.groups, group_sizes=sizes)
+        out = self.style.op(
+            x, metadata, self.softmax(x.q), groups=self.groups, group_sizes=self.group_sizes
+        )
         if distributed:
             return cast(Tensor, out)
         return cast(DTensor, out).to_local(grad_placements=self._placements())
@@ -68,24 +52,16 @@ class ContextParallelCrossAttention(ContextParallelAttention, CrossAttention):
 class ContextParallelKeysFromValues(ClaimedMixer, KeysFromValues):
     """A KeysFromValues that a style has taken over; takes local shards alone."""
 
-    def carry_out(
-        self,
-        q: Tensor,
-        v: Tensor,
-        position_ids: Tensor,
-        key_scale: Tensor,
-        frequency: Tensor,
-        attn_metadata: BatchMetadata,
+    carry_out = KeysFromValues.forward
+
+    def attend(
+        self, q: Tensor, v: Tensor, key_scale: Tensor, frequency: Tensor, metadata: Any
     ) -> Tensor:
-        self.check_operands(q, v, position_ids, key_scale, frequency)
         if frequency.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"Keys that are made where they arrive give no gradient to what rotates them, got "
                 f"frequency.requires_grad=True for {self.style}: pass frequency.detach()."
             )
-        metadata: Any = self.own(attn_metadata)
-        check_position_ids(position_ids, metadata.position_ids, metadata.sees)
-        q = rotate(q, metadata.position_ids, frequency)
         x = AttentionInputs(q, None, v, key_scale=key_scale, frequency=frequency)
         out: Tensor = self.style.op(
             x, metadata, self.softmax(q), groups=self.groups, group_sizes=self.group_sizes
@@ -100,15 +76,9 @@ class ContextParallelLatentAttention(ClaimedMixer, LatentAttention):
     latent and of the rotary key are summed over the heads' axis.
     """
 
-    def carry_out(
-        self,
-        q: Tensor,
-        latent: Tensor,
-        key_rotary: Tensor,
-        up: Tensor,
-        attn_metadata: BatchMetadata,
-    ) -> Tensor:
-        rows = self.rows(q, latent, key_rotary, up)
+    carry_out = LatentAttention.forward
+
+    def attend(self, q: Tensor, rows: Tensor, up: Tensor, metadata: Any) -> Tensor:
         if self.mesh.ndim == 2:
             placements = (Shard(SEQ), Replicate())
             rows = self.as_summed(rows)
@@ -116,7 +86,7 @@ class ContextParallelLatentAttention(ClaimedMixer, LatentAttention):
             rows = whole.to_local(grad_placements=(Shard(SEQ), Partial()))
         out: Tensor = self.style.op(
             AttentionInputs(q, None, rows, up=up),
-            self.own(attn_metadata),
+            metadata,
             self.softmax(q),
             groups=self.groups,
             group_sizes=self.group_sizes,

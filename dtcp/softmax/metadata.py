@@ -42,6 +42,11 @@ class LocalMetadata(AttentionMetadata):
     pieces: HostTensor = field(default_factory=no_pieces)  # [C, 9] int64, of find_pieces
     query_token_index: Tensor = field(default_factory=no_indices)  # [S] int32
 
+    @property
+    def sees(self) -> Tensor:
+        """Which queries see any key: [B, S]."""
+        return self.last_key >= self.first_key
+
 
 @dataclass(frozen=True, eq=False)
 class KeyExchangeMetadata(AttentionMetadata):

@@ -144,7 +144,11 @@ class SoftmaxAttention(MaskedMixer):
         self.check_bias(bias, slope, relative, profiles)
         own_bias = {"relative": relative, "profiles": profiles}
         x = AttentionInputs(q, k, v, sink, bias=bias, slope=slope, **own_bias)
-        return ATTENTION(x, self.own(attn_metadata), self.softmax(q))
+        return self.attend(x, self.own(attn_metadata))
+
+    def attend(self, x: AttentionInputs, metadata: Any) -> Tensor:
+        """`forward`, once the batch's metadata are known."""
+        return ATTENTION(x, metadata, self.softmax(x.q))
 
     def check_bias(self, *bias: Tensor | None) -> None:
         """Refuse a bias where tokens have no distance."""
@@ -212,10 +216,15 @@ class KeysFromValues(MaskedMixer):
         """
         self.check_operands(q, v, position_ids, key_scale, frequency)
         own = self.own(attn_metadata)
-        check_position_ids(position_ids, own.position_ids, own.last_key >= own.first_key)
-        q = rotate(q, own.position_ids, frequency)
-        k = key_of_value(v, key_scale, own.position_ids, frequency)
-        return ATTENTION(AttentionInputs(q, k, v), own, self.softmax(q))
+        check_position_ids(position_ids, own.position_ids, own.sees)
+        return self.attend(rotate(q, own.position_ids, frequency), v, key_scale, frequency, own)
+
+    def attend(
+        self, q: Tensor, v: Tensor, key_scale: Tensor, frequency: Tensor, metadata: Any
+    ) -> Tensor:
+        """`forward`, of queries that are rotated, once the batch's metadata are known."""
+        k = key_of_value(v, key_scale, metadata.position_ids, frequency)
+        return ATTENTION(AttentionInputs(q, k, v), metadata, self.softmax(q))
 
     def check_operands(
         self, q: Tensor, v: Tensor, position_ids: Tensor, key_scale: Tensor, frequency: Tensor
@@ -274,9 +283,13 @@ class LatentAttention(LatentMixer, MaskedMixer):
             [B, L, H, V].
         """
         rows = self.rows(q, latent, key_rotary, up)
+        return self.attend(q, rows, up, self.own(attn_metadata))
+
+    def attend(self, q: Tensor, rows: Tensor, up: Tensor, metadata: Any) -> Tensor:
+        """`forward`, once the batch's metadata are known; rows are [B, L, 1, C + R]."""
         with without_autocast(rows.device):
             k, v = keys_and_values(rows, up, LatentWidths.of(q, rows, up))
-        return ATTENTION(AttentionInputs(q, k, v), self.own(attn_metadata), self.softmax(q))
+        return ATTENTION(AttentionInputs(q, k, v), metadata, self.softmax(q))
 
 
 class GatherSharedKV(MaskedMixer):

@@ -48,32 +48,19 @@ class ContextParallelGatherSharedKV(ClaimedMixer, GatherSharedKV):
 class AttentionToSharedKV(ClaimedMixer, SoftmaxAttention):
     """A SoftmaxAttention whose keys a GatherSharedKV has gathered; moves nothing."""
 
-    def carry_out(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attn_metadata: BatchMetadata,
-        *,
-        sink: Tensor | None = None,
-        bias: Tensor | None = None,
-        slope: Tensor | None = None,
-        relative: Tensor | None = None,
-        profiles: Tensor | None = None,
-    ) -> Tensor:
-        keys: KeyExchangeMetadata = self.own(attn_metadata)
+    carry_out = SoftmaxAttention.forward
+
+    def attend(self, x: AttentionInputs, metadata: KeyExchangeMetadata) -> Tensor:
         local = LocalMetadata(
-            first_key=keys.first_key,
-            last_key=keys.last_key,
-            key_token_index=keys.key_token_index[0],
-            block_ranges=keys.block_ranges[0],
-            pieces=keys.pieces[0],
-            query_token_index=keys.query_token_index,
-            in_line=keys.in_line,
+            first_key=metadata.first_key,
+            last_key=metadata.last_key,
+            key_token_index=metadata.key_token_index[0],
+            block_ranges=metadata.block_ranges[0],
+            pieces=metadata.pieces[0],
+            query_token_index=metadata.query_token_index,
+            in_line=metadata.in_line,
         )
-        own_bias = {"relative": relative, "profiles": profiles}
-        x = AttentionInputs(q, k, v, sink, bias=bias, slope=slope, **own_bias)
-        return ATTENTION(x, local, self.softmax(q), keys_sum_grads=self.wide)
+        return ATTENTION(x, local, self.softmax(x.q), keys_sum_grads=self.wide)
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """What compressed sparse attention becomes once a style has taken it over."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,34 +15,32 @@ from dtcp.sequence.row_layouts import on_line
 from dtcp.sparse.exchange import bring_left, prepend_halo
 from dtcp.sparse.metadata import SparseMetadata
 from dtcp.sparse.mixer import CompressedSparseAttention, Index
-from dtcp.sparse.operands import check_sparse_operands
 from dtcp.sparse.relayout import relayout_operands
 
 
 class ContextParallelSparse(ClaimedMixer, CompressedSparseAttention):
     """A CompressedSparseAttention that a style has taken over."""
 
-    def carry_out(
+    carry_out = CompressedSparseAttention.forward
+
+    def attend(
         self,
         q: Tensor,
         keys: Tensor,
-        attn_metadata: BatchMetadata,
-        *,
+        metadata: Any,
         sink: Tensor,
-        tokens: Prepool | None = None,
-        index: Index | None = None,
+        tokens: Prepool | None,
+        index: Index | None,
     ) -> Tensor:
-        check_sparse_operands(q, keys, sink, tokens, index, self.compression)
-        metadata = self.own(attn_metadata)
         if isinstance(metadata, SparseMetadata):
             if not metadata.in_line:
-                return self.attend(q, keys, metadata, sink, tokens, index)
+                return super().attend(q, keys, metadata, sink, tokens, index)
             rows = (on_line(q), on_line(keys))
             tokens = None if tokens is None else _tokens_on_line(tokens)
             if index is not None:
                 of_index = _tokens_on_line(index.keys)
                 index = Index(on_line(index.q), on_line(index.weight), of_index)
-            return self.attend(*rows, metadata, sink, tokens, index).view(q.shape)
+            return super().attend(*rows, metadata, sink, tokens, index).view(q.shape)
         parts = [q, keys, *_tensors(tokens)]
         # An indexer has no gradient, and so none travels back.
         no_gradient = [] if index is None else [index.q, index.weight, *_tensors(index.keys)]
@@ -51,7 +51,7 @@ class ContextParallelSparse(ClaimedMixer, CompressedSparseAttention):
         if index is not None:
             of_index = index.keys._replace(value=rest[4], gate=rest[5])
             index = Index(rest[2], rest[3], of_index)
-        out = self.attend(q, keys, metadata.inside, sink, tokens, index)
+        out = super().attend(q, keys, metadata.inside, sink, tokens, index)
         return apply_relayout(out, metadata.there, self.groups[0], reverse=True)
 
     def check_position_ids(self, position_ids: Tensor, attn_metadata: BatchMetadata) -> None:

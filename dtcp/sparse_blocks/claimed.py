@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import Tensor
 
-from dtcp.metadata import BatchMetadata
 from dtcp.sequence.row_layouts import on_line
 from dtcp.sparse_blocks.mixer import SparseBlockAttention
 from dtcp.sparse_blocks.scored import ScoredBlockAttention
@@ -15,15 +14,15 @@ from dtcp.sparse_latent.claimed import BringsTokens
 class ContextParallelSparseBlocks(BringsTokens, SparseBlockAttention):
     """A SparseBlockAttention that a style has taken over."""
 
-    def carry_out(
-        self, q: Tensor, k: Tensor, v: Tensor, index: Any, attn_metadata: BatchMetadata
+    carry_out = SparseBlockAttention.forward
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, index: Any, metadata: BlocksInSight
     ) -> Tensor:
-        self.check_operands(q, k, v, index)
-        metadata: BlocksInSight = self.own(attn_metadata)
         if not metadata.in_line:
-            return self.attend(q, k, v, index, metadata)
+            return super().attend(q, k, v, index, metadata)
         line = type(index)(*(on_line(x) if isinstance(x, Tensor) else x for x in index))
-        out = self.attend(on_line(q), on_line(k), on_line(v), line, metadata)
+        out = super().attend(on_line(q), on_line(k), on_line(v), line, metadata)
         return out.view(*q.shape[:3], -1)
 
 

@@ -5,18 +5,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dtcp.metadata import BatchMetadata
 from dtcp.mixer import ClaimedMixer
 from dtcp.sequence.row_layouts import on_line
 from dtcp.softmax.gathered_rows import gather_rows
-from dtcp.softmax.inputs import check_sink
 from dtcp.sparse_latent.blocks import BlocksInSight
 from dtcp.sparse_latent.metadata import ExchangedTokens, TokensInSight
 from dtcp.sparse_latent.mixer import (
     LightningIndexer,
     SparseLatentAttention,
     TokenReader,
-    check_index_operands,
 )
 from dtcp.sparse_latent.pooled import PooledIndexer
 
@@ -39,14 +36,12 @@ class ContextParallelIndexer(BringsTokens, LightningIndexer):
 
     has_gradients = False
 
-    def carry_out(
-        self, q: Tensor, weight: Tensor, key: Tensor, attn_metadata: BatchMetadata
-    ) -> Tensor:
-        check_index_operands(q, weight, key)
-        metadata: ExchangedTokens = self.own(attn_metadata)
+    carry_out = LightningIndexer.forward
+
+    def select(self, q: Tensor, weight: Tensor, key: Tensor, metadata: TokensInSight) -> Tensor:
         if not metadata.in_line:
-            return self.select(q, weight, key, metadata)
-        selected = self.select(on_line(q), on_line(weight), on_line(key), metadata)
+            return super().select(q, weight, key, metadata)
+        selected = super().select(on_line(q), on_line(weight), on_line(key), metadata)
         return selected.view(*q.shape[:2], -1)
 
 
@@ -55,42 +50,38 @@ class ContextParallelPooledIndexer(BringsTokens, PooledIndexer):
 
     has_gradients = False
 
-    def carry_out(
+    carry_out = PooledIndexer.forward
+
+    def select(
         self,
         q: Tensor,
         weight: Tensor,
         key: Tensor,
         gate: Tensor,
         bias: Tensor,
-        attn_metadata: BatchMetadata,
+        metadata: BlocksInSight,
     ) -> Tensor:
-        self.check_operands(q, weight, key, gate, bias)
-        metadata: BlocksInSight = self.own(attn_metadata)
         if not metadata.in_line:
-            return self.select(q, weight, key, gate, bias, metadata)
+            return super().select(q, weight, key, gate, bias, metadata)
         line = on_line(q), on_line(weight), on_line(key), on_line(gate)
-        return self.select(*line, bias, metadata).view(*q.shape[:2], -1)
+        return super().select(*line, bias, metadata).view(*q.shape[:2], -1)
 
 
 class ContextParallelSparseLatent(BringsTokens, SparseLatentAttention):
     """A SparseLatentAttention that a style has taken over."""
 
-    def carry_out(
+    carry_out = SparseLatentAttention.forward
+
+    def attend(
         self,
         q: Tensor,
-        latent: Tensor,
-        key_rotary: Tensor,
+        rows: Tensor,
         up: Tensor,
         selected: Tensor,
-        attn_metadata: BatchMetadata,
-        *,
-        sink: Tensor | None = None,
+        metadata: TokensInSight,
+        sink: Tensor | None,
     ) -> Tensor:
-        rows = self.rows(q, latent, key_rotary, up)
-        self.check_selected(q, selected)
-        check_sink(sink, q.shape[2])
-        metadata: ExchangedTokens = self.own(attn_metadata)
         if not metadata.in_line:
-            return self.attend(q, rows, up, selected, metadata, sink)
-        out = self.attend(on_line(q), on_line(rows), up, on_line(selected), metadata, sink)
+            return super().attend(q, rows, up, selected, metadata, sink)
+        out = super().attend(on_line(q), on_line(rows), up, on_line(selected), metadata, sink)
         return out.view(*q.shape[:3], -1)
