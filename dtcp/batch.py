@@ -236,6 +236,9 @@ class BatchCut:
     @on_host
     def prepared(self, rows: Rows) -> PreparedBatch:
         """This rank's part of the rows, and what its mixers read; needs no other rank."""
+        kinds = MixerKinds.of(nn.Module() if self.model is None else self.model)
+        for check in kinds.row_checks:
+            check(rows)
         said, unpadded_rows, seq_len = rows, rows.documents.batch, rows.documents.seq_len
         mesh, num_shards, rank = self.mesh, self.mesh.size("cp"), self.mesh.rank("cp")
         if self.buckets is not None:
@@ -246,10 +249,9 @@ class BatchCut:
             check_memory_ranks(self.memory.mesh.cp, mesh.cp)
             other = Memory(self.memory.documents, self.memory.layout)
         coords = padded_coords(rows, documents, other)
-        # Called by the layouts that read it: intervals of long rows take milliseconds.
-        kinds = MixerKinds.of(nn.Module() if self.model is None else self.model)
         check_ranks((mixer for mixer, _ in kinds.mixers), mesh.cp)
         masks = masks_of(kinds) if self.balance_for is None else self.balance_for
+        # Called by the layouts that read it: intervals of long rows take milliseconds.
         layout = layout_of_batch(self.layout, documents, num_shards, MaskWork.under(masks, coords))
         real, last = real_tokens(documents, layout, rank), said.last_position
         metadata = kinds.metadata(coords, layout, real=real, last_position=last)

@@ -18,6 +18,8 @@ from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.memory import Memory
 
 T = TypeVar("T")
+ROW_CHECK = "dtcp_row_check"
+"""What a module has that refuses rows which no shard would show it: a function of `Rows`."""
 
 
 def collect_metadata(
@@ -70,7 +72,11 @@ def mixers_of(model: nn.Module) -> tuple[Mixer, ...]:
 
 
 class MixerKinds(NamedTuple):
-    """The first mixer of each kind in a model, and what tells that they still are."""
+    """The first mixer of each kind in a model, and what tells that they still are.
+
+    Args:
+        row_checks: of its modules, each called with the whole rows that are cut for the model.
+    """
 
     first: tuple[Mixer, ...]
     mixers: tuple[tuple[Mixer, MetadataKey], ...]
@@ -78,6 +84,7 @@ class MixerKinds(NamedTuple):
     children: list[nn.Module | None]
     counts: list[int]
     made: dict[Callable[..., Any], Any]
+    row_checks: tuple[Callable[[Any], None], ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
@@ -96,7 +103,8 @@ class MixerKinds(NamedTuple):
             # The model's own first, whether it has any or not; leaves get none later on.
             inside = tuple(x for x in children if x or x is children[0])
             kinds = tuple(first[key] for key in order)
-            known = cls(kinds, mixers, inside, _values(inside), [*map(len, inside)], {})
+            checks = tuple(vars(x)[ROW_CHECK] for x in modules if ROW_CHECK in vars(x))
+            known = cls(kinds, mixers, inside, _values(inside), [*map(len, inside)], {}, checks)
             vars(model)[_FOUND] = known
         return known
 

@@ -20,17 +20,13 @@ from dtcp.huggingface.encoder_decoder import (
 from dtcp.huggingface.images import (
     IMAGES,
     agreed_on_images,
-    image_arguments,
     whole_rows,
     with_blocks,
 )
 from dtcp.huggingface.install import check_has_mixers, model_with_mixers
-from dtcp.huggingface.padding_ids import check_counted_ids
-from dtcp.huggingface.pooled_head import check_last_tokens, check_pad_token, last_token_mixer
-from dtcp.huggingface.positions import check_longest
+from dtcp.huggingface.pooled_head import last_token_mixer
 from dtcp.huggingface.rotary_lengths import last_position
 from dtcp.huggingface.router_logits import balance_loss_of_batch, balance_weight, is_balanced
-from dtcp.huggingface.token_ids import check_ids
 from dtcp.huggingface.token_types import without_types
 from dtcp.inference_mode import no_inference_tensors
 from dtcp.labels import check_not_shifted, shift_labels
@@ -216,18 +212,12 @@ def _rows_of(batch: Mapping[str, Any], model: nn.Module, *, for_token_loss: bool
         _check_token_loss(model, rows, pooled=pooling is not None)
     check_has_mixers(model)
     model = model_with_mixers(model)
-    check_ids(rows, model, upwards=not image_arguments(model))
     documents = documents_of_hf_batch(rows)
-    check_longest(documents, model)
-    check_counted_ids(rows.get("input_ids"), documents, model)
     whole = {key: x for key, x in rows.items() if key not in (*DOCUMENT_KEYS, "attention_mask")}
     whole = without_types(with_blocks(whole, model), model)
     whole["position_ids"] = documents.position_ids()
     fields = DEFAULT_FIELDS
     if pooling is not None:
-        if "input_ids" in rows:
-            check_pad_token(model, pooling)
-            check_last_tokens(rows["input_ids"], documents, pooling.pad_token_id)
         fields = {**fields, "labels": WHOLE}
     elif "labels" in rows and getattr(model, "loss_type", None) not in LABELED_IN_PLACE:
         check_not_shifted(rows)

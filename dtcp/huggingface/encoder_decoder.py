@@ -21,10 +21,8 @@ from dtcp.batch import BatchCut, PreparedBatch, shard_prepared
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.forward import wrap_forward
 from dtcp.huggingface.documents import documents_of_hf_batch
-from dtcp.huggingface.padding_ids import check_counted_ids, with_padding_of_ids
-from dtcp.huggingface.positions import check_longest
+from dtcp.huggingface.padding_ids import with_padding_of_ids
 from dtcp.huggingface.rotary_lengths import last_position
-from dtcp.huggingface.token_ids import check_ids
 from dtcp.labels import IGNORED
 from dtcp.metadata import BatchMetadata
 from dtcp.rows import DEFAULT_FIELDS, Rows
@@ -84,20 +82,15 @@ def shard_two_sequences(
     def encoded() -> PreparedBatch:
         cut = BatchCut(mesh, layout, model=model.get_encoder(), buckets=buckets)
         check_batch("A batch", batch)
-        check_ids(batch, model)
         if needs_labels:
             check_labeled(batch)
-        rows = _encoder_rows(batch, model)
-        check_longest(rows.documents, model)
-        return cut.prepared(rows)
+        return cut.prepared(_encoder_rows(batch, model))
 
     memory, of_memory = shard_prepared(encoded, mesh, **options)
 
     def decoded() -> PreparedBatch:
         cut = BatchCut(mesh, layout, model=model.get_decoder(), buckets=buckets, memory=of_memory)
-        rows = _decoder_rows(batch, model)
-        check_longest(rows.documents, model)
-        return cut.prepared(rows)
+        return cut.prepared(_decoder_rows(batch, model))
 
     local, sharded = shard_prepared(decoded, mesh, **options)
     both = sharded.attn_metadata.with_memory(of_memory.attn_metadata)
@@ -120,7 +113,7 @@ def _encoder_rows(batch: Mapping[str, Any], model: Any) -> Rows:
     _check_keys(batch)
     inputs = {key: batch.get(key) for key in (*_OF_TOKENS, *DOCUMENT_KEYS)}
     own = {key: x for key, x in inputs.items() if x is not None}
-    return _rows(with_padding_of_ids(own, model, "encoder"), model)
+    return _rows(with_padding_of_ids(own, model, "encoder"))
 
 
 def _decoder_rows(batch: Mapping[str, Any], model: Any) -> Rows:
@@ -137,12 +130,11 @@ def _decoder_rows(batch: Mapping[str, Any], model: Any) -> Rows:
         documents = documents_of_hf_batch({**own, "input_ids": labels})
         own["input_ids"] = _shifted_right(model, labels, documents)
     own = with_padding_of_ids(own, model, "decoder")
-    return _rows(own if labels is None else {**own, "labels": labels}, model)
+    return _rows(own if labels is None else {**own, "labels": labels})
 
 
-def _rows(given: dict[str, Any], model: Any) -> Rows:
+def _rows(given: dict[str, Any]) -> Rows:
     documents = documents_of_hf_batch(given)
-    check_counted_ids(given.get("input_ids"), documents, model)
     tokens = {key: given[key] for key in (*TOKENS, "labels") if key in given}
     tokens["position_ids"] = documents.position_ids()
     rows = Rows.of(tokens, DEFAULT_FIELDS, documents)

@@ -35,6 +35,7 @@ from dtcp.huggingface.recorder import SurveyedAttention, survey_mask
 from dtcp.huggingface.recurrent_layers import OWN_MASK, install_recurrent_mixers
 from dtcp.huggingface.rotary_lengths import install_rotary_lengths
 from dtcp.huggingface.router_logits import leave_out_own_balance
+from dtcp.huggingface.row_checks import install_row_checks
 from dtcp.huggingface.survey import Survey, survey
 from dtcp.huggingface.token_types import READS_TYPES, check_no_types
 
@@ -103,6 +104,7 @@ def install_mixers(model: Any) -> Survey:
     install_positions(model, result.positions)
     note_longest(model, result.positions, result.images)
     install_padding_ids(model, hidden=result.hides_padding, uncounted=result.uncounted_padding)
+    install_row_checks(model, two_sequences=bool(result.encoder))
     vars(model)[_POSITIONS] = result.positions
     vars(model)[READS_TYPES] = result.reads_types
     vars(model)[_CONFIGS] = _attention_configs(model, result)

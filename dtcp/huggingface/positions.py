@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dtcp.forward import wrap_forward
 from dtcp.huggingface.position_tables import is_position_table, sines_of_positions
-from dtcp.sequence.documents import Documents
+from dtcp.rows import Rows
 
 _TABLE = re.compile(r"(^|\.)(wpe|(?!.*relative)\w*position\w*)$")
 """Names of tables of positions; those of relative ones are buckets of distances."""
@@ -89,8 +89,8 @@ def note_longest(model: nn.Module, positions: Positions, inside: str = "") -> No
     vars(model)[_LONGEST] = longest(model, positions.offset, inside)
 
 
-def check_longest(documents: Documents, model: nn.Module) -> None:
-    """Refuse documents with more tokens than their model has positions, before ranks look them up.
+def check_longest(rows: Rows, model: nn.Module) -> None:
+    """Refuse tokens beyond the positions that their model has, before ranks look them up.
 
     Raises:
         ValueError: naming the row.
@@ -99,13 +99,24 @@ def check_longest(documents: Documents, model: nn.Module) -> None:
     most = next(noted, None)
     if most is None:
         return
-    for row, lengths in enumerate(documents.lengths):
+    for row, lengths in enumerate(rows.documents.lengths):
         if max(lengths, default=0) > most:
             raise ValueError(
                 f"A document has as many tokens as its model has learned positions, got one of "
                 f"{max(lengths)} in row {row} for a {type(model).__name__} with {most}: cut rows "
                 f"to {most} tokens."
             )
+    position_ids = rows.tokens.get(KEY)
+    if position_ids is None or all(rows.counted):
+        return
+    wrong = (position_ids < 0) | (position_ids >= most)
+    if bool(wrong.any()):
+        at = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(
+            f"Positions are those that a model has learned, got position_ids{[*at]}="
+            f"{position_ids[at].item()} for a {type(model).__name__} with {most}: count from 0 to "
+            f"{most - 1}, in padding, too."
+        )
 
 
 @contextmanager
@@ -151,7 +162,15 @@ def given_positions(
 def call_with_positions(
     model: nn.Module, positions: Positions, run: Callable[..., Any], **kwargs: Any
 ) -> Any:
-    """Call a model with position_ids among the arguments, whether it takes them or not."""
+    """Call a model with position_ids among the arguments, whether it takes them or not.
+
+    Padding that a layout adds counts on, maybe beyond what the model has learned; all else was
+    looked at where the batch was cut.
+    """
+    if (most := vars(model).get(_LONGEST)) is not None:
+        for key in (KEY, DECODER_KEY):
+            if isinstance(kwargs.get(key), Tensor):
+                kwargs[key] = kwargs[key].clamp(max=most - 1)
     if positions.taken:
         return run(**kwargs)
     value = kwargs.pop(KEY)

@@ -19,8 +19,6 @@ from torchtitan.models.common.decoder import Decoder
 
 from dtcp.batch import PreparedBatch, prepare_batch, shard_prepared
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.huggingface.padding_ids import check_counted_ids
-from dtcp.huggingface.positions import check_longest
 from dtcp.labels import look_ahead
 from dtcp.sequence.documents import Documents
 from dtcp.sharded_batch import ShardedBatch
@@ -69,8 +67,6 @@ class BatchPreparation:
                 f"use a loader of text, for what is not cut with the rows would be left out."
             )
         documents, tokens = batch_documents(input_dict), input_dict["input"]
-        check_longest(documents, self.model)
-        check_counted_ids(tokens, documents, self.model)
         whole = {"input_ids": tokens, "labels": labels, "position_ids": input_dict["positions"]}
         whole |= ahead_of(self.model, tokens, labels, documents, training=self.training)
         layout = self.section.sequence_layout()

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from dtcp.batch import shard_batch
 from dtcp.check.checked_hf import CheckedHuggingFaceModel
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import causal_lm_loss, shard_hf_batch, survey
 from dtcp.parallelize import parallelize_hf
+from tests.harness.hf_models import build as tiny
 from tests.harness.spmd import spmd
 
 QUIET = {
@@ -82,6 +84,27 @@ def test_padding_that_a_mask_is_made_of_is_hidden_or_refused(mesh):
             shard_hf_batch(holed, on, model=model)
 
 
+@pytest.mark.parametrize(
+    ("rows", "match"),
+    [
+        ({"input_ids": [[5, 0, 6, 7]]}, r"got input_ids\[0, 1\]=0 before a token of its document"),
+        ({"input_ids": [[5, 6, 7, 900]]}, r"from 0 to \d+, got input_ids\[0, 3\]=900 for Roberta"),
+        ({"input_ids": [[5] * 128]}, r"got one of 128 in row 0 for a RobertaForMaskedLM with 127"),
+        (
+            {"position_ids": [[7, 8, 127, 128]]},
+            r"got position_ids\[0, 2\]=127 for a Roberta.* with 127",
+        ),
+    ],
+)
+@spmd(ranks=1)
+def test_rows_that_shard_batch_cuts_are_looked_at_as_those_of_collators(mesh, rows, match):
+    model, on = placed("roberta")
+    batch = {key: torch.tensor(value) for key, value in rows.items()}
+    batch.setdefault("input_ids", torch.tensor([[5, 6, 7, 8]]))
+    with pytest.raises(ValueError, match=match):
+        shard_batch(batch, on, model=model)
+
+
 @pytest.mark.parametrize("kind", ["m2m_100", "roberta"])
 @spmd(ranks=1)
 def test_padding_before_a_token_is_refused_where_positions_are_counted_without(mesh, kind):
@@ -94,6 +117,18 @@ def test_padding_before_a_token_is_refused_where_positions_are_counted_without(m
     batch["input_ids"][0, 4] = padding
     with pytest.raises(ValueError, match=rf"input_ids\[0, 4\]={padding} before a token of its"):
         shard_hf_batch(batch, on, model=model)
+
+
+@spmd(ranks=2)
+def test_padding_that_a_layout_adds_may_lie_beyond_the_learned_positions(mesh):
+    """Which it counts on to; the ranks that had none of it waited for the one that failed."""
+    on = ParallelMesh.from_degrees(Degrees(cp=2), "cpu")
+    reference, model = (tiny("gpt2", max_position_embeddings=34) for _ in range(2))
+    parallelize_hf(model, on)
+    ids = torch.arange(1, 35)[None]
+    loss = causal_lm_loss(model, {"input_ids": ids, "labels": ids}, on).detach()
+    torch.distributed.all_reduce(loss)
+    assert_close(loss, reference(input_ids=ids, labels=ids).loss.detach(), check_dtype=False)
 
 
 def test_layers_that_are_left_out_at_random_are_refused():
