@@ -17,12 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from dtcp.autocast import as_autocast_casts, outside_autocast
-from dtcp.kernels.linear_cross_entropy import (
-    LIGER,
-    HeadDemand,
-    head_kernel,
-    liger_loss_sum,
-)
+from dtcp.kernels.linear_cross_entropy import LIGER, HeadDemand, head_kernel, liger_loss_sum
 from dtcp.labels import IGNORED
 from dtcp.local_op import check_differentiation
 from dtcp.logit_sums import (

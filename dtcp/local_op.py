@@ -9,11 +9,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.library import CustomOpDef
 
-from dtcp._torch.functorch import (
-    forward_mode_open,
-    set_transform_rule,
-    transform_running,
-)
+from dtcp._torch.functorch import forward_mode_open, set_transform_rule, transform_running
 from dtcp.autocast import outside_autocast
 
 

@@ -13,12 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.distributed.gradient_sums import check_output_summed
 from dtcp.labels import IGNORED
-from dtcp.linear_logits import (
-    LinearLogits,
-    checked_head,
-    fused_loss_sum,
-    linear_logit_sums,
-)
+from dtcp.linear_logits import LinearLogits, checked_head, fused_loss_sum, linear_logit_sums
 from dtcp.logit_sums import LogitSums, check_local_labels, logit_sums
 from dtcp.sequence.arguments import check_ints, check_tensor
 

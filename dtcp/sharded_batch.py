@@ -6,10 +6,7 @@ from torch import Tensor
 
 from dtcp.distributed import relayout
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.distributed.replicated_loss import (
-    gather_for_replicated_loss,
-    sum_for_replicated_loss,
-)
+from dtcp.distributed.replicated_loss import gather_for_replicated_loss, sum_for_replicated_loss
 from dtcp.metadata import BatchMetadata
 from dtcp.row_parts import part_of_rows
 from dtcp.rows import pad_end

@@ -14,13 +14,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.experts import RoutedTokens, TokenExchange
 from dtcp.models.moe import Experts
-from dtcp.parallelize.expert_exchange import (
-    LOAD,
-    SpreadStyle,
-    check_experts,
-    copied,
-    exchanged,
-)
+from dtcp.parallelize.expert_exchange import LOAD, SpreadStyle, check_experts, copied, exchanged
 from dtcp.parallelize.tensor_parallel import distribute_parameter, reduce_from_region
 
 HIDDEN_CHANNELS: Mapping[str, Placement] = {"gate": Shard(1), "up": Shard(1), "down": Shard(2)}

@@ -157,11 +157,7 @@ class SavedGroup:
 
 def saved_groups(model: Any, names: Sequence[str]) -> list[SavedGroup]:
     """The weights of a model in the order of their names, those together that files have as one."""
-    from transformers.core_model_loading import (
-        WeightConverter,
-        dot_natural_key,
-        rename_source_key,
-    )
+    from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
 
     # As in revert_weight_conversion, which takes all weights at once.
     rules = [rule.reverse_transform() for rule in reversed(_rules_of_saving(model))]

@@ -9,12 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dtcp.huggingface.quantized import check_no_quantized
-from dtcp.parallelize.hf_files import (
-    WeightFiles,
-    WeightGroup,
-    check_not_quantized,
-    weight_groups,
-)
+from dtcp.parallelize.hf_files import WeightFiles, WeightGroup, check_not_quantized, weight_groups
 from dtcp.parallelize.tied_parameters import find_tied_parameters, restore_tied_parameters
 from dtcp.sequence.arguments import check_kind, check_tensor
 

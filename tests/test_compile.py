@@ -13,12 +13,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 from dtcp.batch import shard_batch
-from dtcp.compile import (
-    ISLAND,
-    EagerIsland,
-    InGraph,
-    count_graphs,
-)
+from dtcp.compile import ISLAND, EagerIsland, InGraph, count_graphs
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.distributed.ops import selective_checkpoint_save_ops

@@ -35,23 +35,9 @@ from benchmarks.gpu.errors import errors_by_name, within, worst
 from benchmarks.gpu.keep import LINES, keep, resume
 from benchmarks.gpu.problems import Case, Heads, Problem, whole_problem
 from benchmarks.gpu.processes import error_in, run_watched
-from benchmarks.gpu.run import (
-    forget_wrong,
-    read_lines,
-    run_stage,
-    running_case,
-    summary,
-    verdict,
-)
+from benchmarks.gpu.run import forget_wrong, read_lines, run_stage, running_case, summary, verdict
 from benchmarks.gpu.stages import STAGES, Stage
-from benchmarks.gpu.wheels import (
-    PART,
-    add_packages,
-    describe_transfer,
-    pack,
-    unpack,
-    unpack_whole,
-)
+from benchmarks.gpu.wheels import PART, add_packages, describe_transfer, pack, unpack, unpack_whole
 from dtcp.kernels.softmax import api
 from dtcp.kernels.softmax.backends import backend_named
 from dtcp.kernels.softmax.calls import calls_of

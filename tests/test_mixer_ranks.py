@@ -12,10 +12,7 @@ from dtcp.sequence.layout import HeadTail
 from dtcp.sequence.masks import Causal
 from dtcp.softmax import RingAttention
 from dtcp.softmax.mixer import CrossAttention
-from tests.harness.attention_parity import (
-    mixer_on,
-    refused,
-)
+from tests.harness.attention_parity import mixer_on, refused
 from tests.harness.spmd import spmd
 
 BATCH = {"input_ids": torch.zeros(1, 32, dtype=torch.int64)}

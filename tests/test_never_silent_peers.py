@@ -21,17 +21,9 @@ from dtcp.mixer_plan import apply_plan
 from dtcp.sdpa.aten_rules import install_sdpa_rules
 from dtcp.sdpa.sequence_layout import sequence_layout
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import (
-    Contiguous,
-    HeadTail,
-)
+from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import Causal
-from dtcp.softmax import (
-    AllGatherAttention,
-    HybridAttention,
-    RingAttention,
-    UlyssesAttention,
-)
+from dtcp.softmax import AllGatherAttention, HybridAttention, RingAttention, UlyssesAttention
 from dtcp.softmax.mixer import SoftmaxAttention
 from tests.harness import packings, reference
 from tests.harness.attention_parity import (

@@ -10,11 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dtcp.batch import shard_batch
-from dtcp.check.checked_model import (
-    Mixing,
-    check_logits,
-    in_fp64,
-)
+from dtcp.check.checked_model import Mixing, check_logits, in_fp64
 from dtcp.check.true_fp64 import kernels_in_fp64
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface import shard_hf_batch, survey

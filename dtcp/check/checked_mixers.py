@@ -10,19 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dtcp.batch import shard_batch
-from dtcp.check.checked_model import (
-    Mixing,
-    check_logits,
-    in_fp64,
-    vocabulary,
-)
+from dtcp.check.checked_model import Mixing, check_logits, in_fp64, vocabulary
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.huggingface.mixing_probe import (
-    calls,
-    find_mixing,
-    mixers_without_mixing,
-    probe_length,
-)
+from dtcp.huggingface.mixing_probe import calls, find_mixing, mixers_without_mixing, probe_length
 from dtcp.huggingface.own_errors import ModelRefused, imported, model_of_function, own_errors
 from dtcp.mixer import Mixer
 from dtcp.mixer_metadata import batch_metadata

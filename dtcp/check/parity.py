@@ -16,12 +16,7 @@ from dtcp.check.auxiliary import auxiliary_losses, whole
 from dtcp.check.checked_model import CheckedModel, padding_id, vocabulary
 from dtcp.check.collective_calls import CollectiveCalls
 from dtcp.compile import Graphs, count_graphs
-from dtcp.distributed.ledger import (
-    LEDGER,
-    OpCount,
-    count_traffic,
-    traffic_since,
-)
+from dtcp.distributed.ledger import LEDGER, OpCount, count_traffic, traffic_since
 from dtcp.distributed.mesh import Degrees, ParallelMesh, check_no_stages
 from dtcp.labels import IGNORED, shift_labels
 from dtcp.loss import global_token_count, token_mean_loss

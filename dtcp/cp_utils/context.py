@@ -60,9 +60,7 @@ def create_context_parallel_ctx(
 
 
 def get_train_context(
-    enable_loss_parallel: bool,
-    enable_compiled_autograd: bool,
-    cp_context: Context | None = None,
+    enable_loss_parallel: bool, enable_compiled_autograd: bool, cp_context: Context | None = None
 ) -> ContextFactory:
     """Return a function that opens what a training step runs in; call it for every step.
 

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from dtcp.cp_utils.seq_padding import (
-    _pad_position_ids_seq_dim_ as _pad_position_ids_seq_dim_,
-)
+from dtcp.cp_utils.seq_padding import _pad_position_ids_seq_dim_ as _pad_position_ids_seq_dim_
 from dtcp.cp_utils.seq_padding import _pad_tensor_seq_dim_ as _pad_tensor_seq_dim_
 from dtcp.distributed.collectives import all_gather_over
 from dtcp.sequence.arguments import FLOATS, WHOLE_NUMBERS, check_ints, check_tensor

@@ -217,12 +217,7 @@ class CPAwareGatedDeltaNet(nn.Module):
         return None
 
     def _all_gather_concat(
-        self,
-        tensor: Tensor,
-        cp_group: dist.ProcessGroup,
-        *,
-        dim: int,
-        differentiable: bool = False,
+        self, tensor: Tensor, cp_group: dist.ProcessGroup, *, dim: int, differentiable: bool = False
     ) -> Tensor:
         """The shards of all ranks, concatenated along dim."""
         x = tensor if differentiable else tensor.detach()

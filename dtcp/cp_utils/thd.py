@@ -9,12 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.distributed.same_rows import compared_keys, prepared_alike
 from dtcp.sequence.host import on_host
-from dtcp.thd import (
-    SENTINEL,
-    row_chunks,
-    shard_thd,
-    to_thd,
-)
+from dtcp.thd import SENTINEL, row_chunks, shard_thd, to_thd
 
 
 @on_host

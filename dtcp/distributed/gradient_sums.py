@@ -18,12 +18,7 @@ from dtcp._torch.ddp import (
     averaging_ranks_of_replicated,
     running_ddp,
 )
-from dtcp._torch.fsdp import (
-    averaging_ranks,
-    fsdp_param_groups,
-    param_groups_behind,
-    reducing_ranks,
-)
+from dtcp._torch.fsdp import averaging_ranks, fsdp_param_groups, param_groups_behind, reducing_ranks
 from dtcp.distributed.mesh import ParallelMesh
 
 _SUM = (

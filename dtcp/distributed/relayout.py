@@ -153,12 +153,7 @@ def relayout_moved(counts: Tensor, token: int, rank: int, *, reverse: bool = Fal
 
 @communicating_op("dtcp::relayout", moves=_relayout_moves)
 def _relayout(
-    x: Tensor,
-    send_order: Tensor,
-    arrival_index: Tensor,
-    counts: Tensor,
-    group: str,
-    reverse: bool,
+    x: Tensor, send_order: Tensor, arrival_index: Tensor, counts: Tensor, group: str, reverse: bool
 ) -> Tensor:
     if len(send_order) != x.shape[1]:
         raise ValueError(

@@ -15,12 +15,7 @@ from dtcp.labels import IGNORED, look_ahead
 from dtcp.models import deepseek_v4, gemma4, llama, qwen3_5
 from dtcp.parallelize import ParallelPlan
 from dtcp.parallelize.plans.families import FAMILY_PLANS
-from dtcp.planner.hf_config import (
-    REMEDY,
-    read_hf_config,
-    text_model_of,
-    without_dtype,
-)
+from dtcp.planner.hf_config import REMEDY, read_hf_config, text_model_of, without_dtype
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sharded_batch import ShardedBatch

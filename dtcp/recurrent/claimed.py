@@ -6,12 +6,7 @@ from torch import Tensor
 
 from dtcp.mixer import ClaimedMixer
 from dtcp.recurrent.metadata import DeltaMetadata
-from dtcp.recurrent.mixer import (
-    CausalConv1d,
-    GatedDeltaRule,
-    GatedLinearAttention,
-    RecurrentMixer,
-)
+from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule, GatedLinearAttention, RecurrentMixer
 from dtcp.recurrent.moves import DeltaShape, LinearShape
 
 

@@ -141,11 +141,7 @@ def entering_by_scan(
 
 
 def entering_along_chains(
-    own: Tensor,
-    passing: tuple[Tensor, ...],
-    axis: DeviceMesh,
-    *,
-    maps: StateMaps = MATRICES,
+    own: Tensor, passing: tuple[Tensor, ...], axis: DeviceMesh, *, maps: StateMaps = MATRICES
 ) -> Tensor:
     """Bring the summaries that this rank's stretches need, and fold each chain of a document.
 

@@ -9,12 +9,7 @@ from dtcp.metadata import AttentionMetadata, BatchMetadata
 from dtcp.mixer import Mixer
 from dtcp.recurrent.conv import causal_conv
 from dtcp.recurrent.linear import gated_linear_attention
-from dtcp.recurrent.metadata import (
-    ConvMetadata,
-    DeltaMetadata,
-    conv_metadata,
-    delta_metadata,
-)
+from dtcp.recurrent.metadata import ConvMetadata, DeltaMetadata, conv_metadata, delta_metadata
 from dtcp.recurrent.op import gated_delta_rule
 from dtcp.sequence.arguments import FLOATS, check_ints, check_scale, check_tensor
 from dtcp.sequence.coords import Coords
@@ -161,12 +156,7 @@ class CausalConv1d(RecurrentMixer):
         return (self.width - 1) * self.dilation
 
     def forward(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        attn_metadata: BatchMetadata,
-        *,
-        bias: Tensor | None = None,
+        self, x: Tensor, weight: Tensor, attn_metadata: BatchMetadata, *, bias: Tensor | None = None
     ) -> Tensor:
         """x [B, L, C], weight [C, w], a token's own tap last, and bias [C] -> [B, L, C]."""
         self.check_weight(x, weight, bias)

@@ -14,13 +14,7 @@ import torch
 from torch import Tensor
 
 from dtcp.sequence.arguments import WHOLE_NUMBERS, check_tensor
-from dtcp.sequence.documents import (
-    PADDING,
-    Documents,
-    anywhere,
-    check_padding_shape,
-    count_true,
-)
+from dtcp.sequence.documents import PADDING, Documents, anywhere, check_padding_shape, count_true
 from dtcp.sequence.neighbours import places_after
 from dtcp.sequence.restarts import check_restarts
 

@@ -18,13 +18,7 @@ from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout, check_divides, shared_lengths
 from dtcp.sequence.mask_work import MaskWork, WorkRuns
 from dtcp.sequence.masks import Causal
-from dtcp.sequence.partition import (
-    Ints,
-    Partition,
-    Run,
-    joined_runs,
-    stops_of,
-)
+from dtcp.sequence.partition import Ints, Partition, Run, joined_runs, stops_of
 
 
 @dataclass(frozen=True)

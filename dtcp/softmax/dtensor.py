@@ -5,20 +5,9 @@ from typing import Any, cast
 from torch.distributed.tensor import DTensor
 
 from dtcp._torch.dtensor import set_dtensor_rule
-from dtcp.distributed.dtensor_rules import (
-    HEADS,
-    bind,
-    check_placements,
-    num_shards,
-    to_local,
-    wrap,
-)
+from dtcp.distributed.dtensor_rules import HEADS, bind, check_placements, num_shards, to_local, wrap
 from dtcp.softmax.inputs import AttentionInputs, check_inputs
-from dtcp.softmax.op import (
-    AttentionOp,
-    BackwardArguments,
-    ForwardArguments,
-)
+from dtcp.softmax.op import AttentionOp, BackwardArguments, ForwardArguments
 
 
 def install_attention_rules(op: AttentionOp) -> None:

@@ -13,13 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtcp.distributed.groups import group_of
-from dtcp.distributed.staging import (
-    Between,
-    Transfer,
-    exchange,
-    send_and_receive,
-    start_exchange,
-)
+from dtcp.distributed.staging import Between, Transfer, exchange, send_and_receive, start_exchange
 from dtcp.softmax.metadata import KeyExchangeMetadata
 from dtcp.softmax.row_transfers import (
     ChainedTransfer,

@@ -9,11 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dtcp.kernels.softmax.block_ranges import (
-    TILE,
-    KeyLine,
-    block_ranges_of_parts,
-)
+from dtcp.kernels.softmax.block_ranges import TILE, KeyLine, block_ranges_of_parts
 from dtcp.kernels.softmax.pieces import no_pieces, pieces_of_parts
 from dtcp.kernels.softmax.types import Keys
 from dtcp.metadata import AttentionMetadata, HostTensor, no_indices
@@ -223,11 +219,7 @@ def _handed_on(metadata: KeyExchangeMetadata, hops: KeyHops, by_rank: Ints) -> K
 
 
 def ring_metadata(
-    layout: SequenceLayout,
-    rank: int,
-    intervals: KeyIntervals,
-    *,
-    tile: int = TILE,
+    layout: SequenceLayout, rank: int, intervals: KeyIntervals, *, tile: int = TILE
 ) -> KeyExchangeMetadata:
     """Metadata to attend to the keys of each step as they arrive: n runs of keys.
 

@@ -14,13 +14,7 @@ from dtcp.kernels.softmax.types import AUTO
 from dtcp.metadata import AttentionMetadata, BatchMetadata, NoMetadata
 from dtcp.mixer import Mixer
 from dtcp.mixer_positions import check_position_ids, position_ids_of
-from dtcp.sequence.arguments import (
-    FLOATS,
-    WHOLE_NUMBERS,
-    check_factor,
-    check_scale,
-    check_tensor,
-)
+from dtcp.sequence.arguments import FLOATS, WHOLE_NUMBERS, check_factor, check_scale, check_tensor
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.masks import Mask, MemoryDocument
@@ -44,12 +38,7 @@ class MaskedMixer(Mixer):
     """
 
     def __init__(
-        self,
-        mask: Mask,
-        *,
-        scale: float | None = None,
-        softcap: float = 0.0,
-        kernel: str = AUTO,
+        self, mask: Mask, *, scale: float | None = None, softcap: float = 0.0, kernel: str = AUTO
     ) -> None:
         super().__init__()
         self.mask = mask

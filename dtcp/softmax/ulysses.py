@@ -147,11 +147,7 @@ class Ulysses:
         return [q, *_to_sequence(of_keys, metadata.order_of_keys, context)]
 
     def _to_heads(
-        self,
-        grads: AttentionInputs,
-        dtype: torch.dtype,
-        share: HeadShare,
-        context: OpContext,
+        self, grads: AttentionInputs, dtype: torch.dtype, share: HeadShare, context: OpContext
     ) -> list[Tensor]:
         """The gradients of `_to_sequence`, travelling in a dtype, of all heads and local tokens.
 

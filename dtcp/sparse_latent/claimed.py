@@ -10,11 +10,7 @@ from dtcp.sequence.row_layouts import on_line
 from dtcp.softmax.gathered_rows import gather_rows
 from dtcp.sparse_latent.blocks import BlocksInSight
 from dtcp.sparse_latent.metadata import ExchangedTokens, TokensInSight
-from dtcp.sparse_latent.mixer import (
-    LightningIndexer,
-    SparseLatentAttention,
-    TokenReader,
-)
+from dtcp.sparse_latent.mixer import LightningIndexer, SparseLatentAttention, TokenReader
 from dtcp.sparse_latent.pooled import PooledIndexer
 
 

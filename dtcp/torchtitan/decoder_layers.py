@@ -14,10 +14,7 @@ from dtcp.torchtitan.attention import MixerAttention
 from torchtitan.components.lora import LoRAConverter
 from torchtitan.models.common.attention import FlexAttention, VarlenAttention
 from torchtitan.models.common.decoder import Decoder
-from torchtitan.models.common.token_dispatcher import (
-    AllToAllTokenDispatcher,
-    LocalTokenDispatcher,
-)
+from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher, LocalTokenDispatcher
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.module import Module
 

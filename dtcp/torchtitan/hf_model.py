@@ -33,10 +33,7 @@ from dtcp.huggingface.small_config import small_config
 from dtcp.huggingface.version import too_old
 from dtcp.parallelize import load_hf, parallelize_hf
 from dtcp.parallelize.tensor_parallel import is_experts, separate_gate_and_up
-from dtcp.parallelize.tied_parameters import (
-    find_tied_parameters,
-    restore_tied_parameters,
-)
+from dtcp.parallelize.tied_parameters import find_tied_parameters, restore_tied_parameters
 from dtcp.softmax.default import device_type_of
 from dtcp.softmax.mixer import name_kernel
 

@@ -11,12 +11,7 @@ from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.per_document import PerDocument
-from dtcp.softmax import (
-    AllGatherAttention,
-    HybridAttention,
-    RingAttention,
-    UlyssesAttention,
-)
+from dtcp.softmax import AllGatherAttention, HybridAttention, RingAttention, UlyssesAttention
 from dtcp.softmax.default import default_attention
 from dtcp.softmax.style import AttentionStyle
 

@@ -12,12 +12,7 @@ from dtcp.metadata import BatchMetadata
 from dtcp.models.blocks import ParameterModule, RMSNorm
 from dtcp.models.deepseek_v4.config import DeepseekV4Config
 from dtcp.models.deepseek_v4.rope import TailRope
-from dtcp.sparse.mixer import (
-    CompressedSparseAttention,
-    Compression,
-    Index,
-    Prepool,
-)
+from dtcp.sparse.mixer import CompressedSparseAttention, Compression, Index, Prepool
 
 
 class Attention(nn.Module):

@@ -12,12 +12,7 @@ from dtcp.models.gemma4.config import (
     tiny_moe,
 )
 from dtcp.models.gemma4.model import Attention, Block, Gemma4
-from dtcp.models.gemma4.state_dict import (
-    config_from_hf,
-    config_to_hf,
-    from_hf,
-    to_hf,
-)
+from dtcp.models.gemma4.state_dict import config_from_hf, config_to_hf, from_hf, to_hf
 
 __all__ = [
     "PRESETS",

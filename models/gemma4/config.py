@@ -6,12 +6,7 @@ from enum import Enum
 
 from dtcp.models.gemma4.rope import ProportionalRope
 from dtcp.models.moe import check_top_k
-from dtcp.sequence.masks import (
-    BlockBidirectional,
-    Causal,
-    Mask,
-    SlidingWindow,
-)
+from dtcp.sequence.masks import BlockBidirectional, Causal, Mask, SlidingWindow
 
 
 class LayerType(Enum):

@@ -12,13 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtcp.models.gemma4.config import (
-    Gemma4Config,
-    HeadShape,
-    LayerType,
-    MoEConfig,
-    layer_pattern,
-)
+from dtcp.models.gemma4.config import Gemma4Config, HeadShape, LayerType, MoEConfig, layer_pattern
 from dtcp.models.known_settings import check_known_settings
 from dtcp.models.names import NameMap
 

@@ -2,12 +2,7 @@
 
 from dtcp.models.llama.config import PRESETS, LlamaConfig, tiny
 from dtcp.models.llama.model import Attention, Block, Llama
-from dtcp.models.llama.state_dict import (
-    config_from_hf,
-    config_to_hf,
-    from_hf,
-    to_hf,
-)
+from dtcp.models.llama.state_dict import config_from_hf, config_to_hf, from_hf, to_hf
 
 __all__ = [
     "PRESETS",

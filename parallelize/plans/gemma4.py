@@ -4,11 +4,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from torch.distributed.tensor import Partial, Replicate, Shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    RowwiseParallel,
-)
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from dtcp.distributed.dtensor_rules import HEADS
 from dtcp.distributed.mesh import ParallelMesh

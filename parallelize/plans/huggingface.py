@@ -36,12 +36,7 @@ from dtcp.huggingface.zero_experts import compute_without_loop
 from dtcp.mixer import Mixer
 from dtcp.mixer_plan import find
 from dtcp.parallelize.activation_checkpoint import ActivationCheckpoint
-from dtcp.parallelize.apply import (
-    KEEP_ALL,
-    PLAIN_FSDP,
-    ParallelPlan,
-    parallelize,
-)
+from dtcp.parallelize.apply import KEEP_ALL, PLAIN_FSDP, ParallelPlan, parallelize
 from dtcp.parallelize.compile import Compile
 from dtcp.parallelize.fsdp import FSDP
 from dtcp.parallelize.hf_experts import (

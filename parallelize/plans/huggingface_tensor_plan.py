@@ -132,11 +132,7 @@ class _Parts:
 
 
 def _styles(
-    model: Any,
-    parts: _Parts,
-    roles: Mapping[str, str],
-    heads: Mapping[str, ParallelStyle],
-    tp: int,
+    model: Any, parts: _Parts, roles: Mapping[str, str], heads: Mapping[str, ParallelStyle], tp: int
 ) -> tuple[dict[str, ParallelStyle], dict[str, str]]:
     """The style of each module that has parameters; and parts of which one has none, with it."""
     modules, owners, units = parts.modules, parts.owners, parts.units

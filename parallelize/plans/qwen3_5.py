@@ -1,11 +1,7 @@
 """The plan of a Qwen3.5: models/qwen3_5."""
 
 from torch.distributed.tensor import Shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    RowwiseParallel,
-)
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from dtcp.distributed.dtensor_rules import HEADS
 from dtcp.distributed.mesh import ParallelMesh

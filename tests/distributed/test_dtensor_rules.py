@@ -11,15 +11,7 @@ from dtcp.distributed.groups import group_name
 from dtcp.sequence.layout import HeadTail
 from dtcp.softmax import RingAttention
 from dtcp.softmax.op import AttentionInputs
-from tests.harness.attention_parity import (
-    CAUSAL,
-    Block,
-    Case,
-    mixer_on,
-    refused,
-    shard_case,
-    truth,
-)
+from tests.harness.attention_parity import CAUSAL, Block, Case, mixer_on, refused, shard_case, truth
 from tests.harness.spmd import spmd
 
 

@@ -11,12 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from dtcp import HeadTail, shard_batch
-from dtcp.distributed.mesh import (
-    STAGED_AXES,
-    VIEWS,
-    Degrees,
-    ParallelMesh,
-)
+from dtcp.distributed.mesh import STAGED_AXES, VIEWS, Degrees, ParallelMesh
 from dtcp.parallelize import ParallelPlan, parallelize, parallelize_hf
 from tests.harness.spmd import spmd
 

@@ -13,14 +13,7 @@ from dtcp.recurrent import GatedLinearCP
 from dtcp.sequence.layout import HeadTail
 from dtcp.softmax import AllGatherAttention, HybridAttention, RingAttention
 from tests.harness import packings
-from tests.harness.attention_parity import (
-    PREFIX,
-    Case,
-    local_inputs,
-    mixer_on,
-    shard_case,
-    styles,
-)
+from tests.harness.attention_parity import PREFIX, Case, local_inputs, mixer_on, shard_case, styles
 from tests.harness.spmd import spmd
 from tests.recurrent import test_linear as mamba
 from tests.softmax import test_cross as cross

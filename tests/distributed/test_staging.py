@@ -11,12 +11,7 @@ from dtcp.distributed import groups, staging
 from dtcp.sequence.layout import HeadTail
 from dtcp.softmax import AllGatherAttention, HybridAttention, RingAttention, UlyssesAttention
 from tests.harness import packings
-from tests.harness.attention_parity import (
-    CAUSAL,
-    Case,
-    assert_equals_one_device,
-    mixer_on,
-)
+from tests.harness.attention_parity import CAUSAL, Case, assert_equals_one_device, mixer_on
 from tests.harness.spmd import spmd
 
 

@@ -17,13 +17,7 @@ from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import Causal, Mask, SlidingWindow
 from dtcp.softmax import RingAttention
 from dtcp.softmax.mixer import KeysFromValues, SoftmaxAttention
-from tests.harness.attention_parity import (
-    WINDOW,
-    Block,
-    Case,
-    assert_equals_one_device,
-    styles,
-)
+from tests.harness.attention_parity import WINDOW, Block, Case, assert_equals_one_device, styles
 from tests.harness.spmd import spmd
 
 

@@ -13,10 +13,7 @@ from dtcp.huggingface import WholeRows, shard_hf_batch
 from dtcp.huggingface.meta_device import survey_on_meta
 from dtcp.huggingface.survey import survey
 from dtcp.parallelize import Compile, parallelize_hf
-from dtcp.parallelize.tensor_parallel import (
-    ScaledVocabParallelEmbedding,
-    VocabParallelEmbedding,
-)
+from dtcp.parallelize.tensor_parallel import ScaledVocabParallelEmbedding, VocabParallelEmbedding
 from tests.harness.spmd import spmd
 
 SHAPE = {

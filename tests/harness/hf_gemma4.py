@@ -7,14 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import (
-    Gemma4Config as HFConfig,
-)
-from transformers import (
-    Gemma4ForCausalLM,
-    Gemma4ForConditionalGeneration,
-    Gemma4TextConfig,
-)
+from transformers import Gemma4Config as HFConfig
+from transformers import Gemma4ForCausalLM, Gemma4ForConditionalGeneration, Gemma4TextConfig
 
 from dtcp.models.gemma4 import Gemma4Config, config_from_hf, from_hf
 from dtcp.sequence.documents import Documents

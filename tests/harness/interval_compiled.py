@@ -118,11 +118,7 @@ def registers_and_stack(binary: bytes) -> tuple[int, int]:
 
 
 def launch(
-    dtype: torch.dtype,
-    key_dim: int,
-    value_dim: int,
-    softcap: float,
-    biases: Collection[str] = (),
+    dtype: torch.dtype, key_dim: int, value_dim: int, softcap: float, biases: Collection[str] = ()
 ) -> None:
     """Forward and backward, as attend and attend_backward launch them.
 

@@ -27,14 +27,7 @@ from dtcp.kernels.softmax.block_ranges import UNUSED, block_ranges
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.layout import HeadTail
 from tests.harness import packings, reference
-from tests.harness.attention_parity import (
-    CAUSAL,
-    IMAGES_IN_WINDOW,
-    PREFIX,
-    WINDOW,
-    Case,
-    truth,
-)
+from tests.harness.attention_parity import CAUSAL, IMAGES_IN_WINDOW, PREFIX, WINDOW, Case, truth
 
 ONE_HEAD = {"heads": 1, "kv_heads": 1, "sink": False, "dtype": torch.float32}
 

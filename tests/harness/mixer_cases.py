@@ -15,12 +15,7 @@ from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule, GatedLinearAttent
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.masks import AttentionChunks, Causal, SlidingWindow
 from dtcp.softmax.mixer import CrossAttention, LatentAttention, SoftmaxAttention
-from dtcp.sparse_blocks import (
-    BlockIndex,
-    ScoredBlockAttention,
-    ScoreIndex,
-    SparseBlockAttention,
-)
+from dtcp.sparse_blocks import BlockIndex, ScoredBlockAttention, ScoreIndex, SparseBlockAttention
 from dtcp.sparse_latent import LightningIndexer, SparseLatentAttention
 
 DOCUMENTS = Documents(((70, 1, 120), (200,)), 200)

@@ -14,12 +14,7 @@ from torch import Tensor
 from dtcp.kernels.triton_support import triton_runs_on
 from dtcp.mixer_metadata import batch_metadata
 from dtcp.sequence.documents import Documents
-from dtcp.sparse_blocks import (
-    BlockIndex,
-    ScoredBlockAttention,
-    ScoreIndex,
-    SparseBlockAttention,
-)
+from dtcp.sparse_blocks import BlockIndex, ScoredBlockAttention, ScoreIndex, SparseBlockAttention
 from tests.harness.interpreter import patch_language_once_a_launch
 from tests.harness.sparse_interpreted import relative_error
 

@@ -25,12 +25,7 @@ from dtcp.kernels.softmax.block_ranges import block_ranges
 from dtcp.kernels.softmax.reference import ReferenceAttention
 from dtcp.mixer_metadata import batch_metadata
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.masks import (
-    Causal,
-    Coords,
-    Mask,
-    SlidingWindow,
-)
+from dtcp.sequence.masks import Causal, Coords, Mask, SlidingWindow
 from dtcp.softmax.mixer import SoftmaxAttention
 from tests.harness import packings
 from tests.harness.attention_parity import IMAGES_IN_WINDOW, Case

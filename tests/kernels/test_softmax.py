@@ -24,12 +24,7 @@ from dtcp.kernels.softmax.api import (
 )
 from dtcp.kernels.softmax.block import block_attention, block_attention_backward
 from dtcp.kernels.softmax.block_ranges import UNUSED, block_ranges
-from dtcp.kernels.softmax.merge import (
-    NOTHING_SEEN,
-    add_sink,
-    merge_into,
-    sink_gradient,
-)
+from dtcp.kernels.softmax.merge import NOTHING_SEEN, add_sink, merge_into, sink_gradient
 from dtcp.mixer_metadata import batch_metadata
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents

@@ -29,21 +29,11 @@ from dtcp.sequence.block_runs import vision_blocks
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.layout import Contiguous, HeadTail
-from dtcp.sequence.masks import (
-    BlockBidirectional,
-    Causal,
-    Coords,
-    SlidingWindow,
-)
+from dtcp.sequence.masks import BlockBidirectional, Causal, Coords, SlidingWindow
 from dtcp.softmax import AllGatherAttention, RingAttention, UlyssesAttention
 from dtcp.softmax.mixer import GatherSharedKV, KeysFromValues
 from dtcp.softmax.style import AttentionStyle
-from tests.harness.hf_gemma4 import (
-    SHAPE,
-    VARIANTS,
-    published,
-    truth,
-)
+from tests.harness.hf_gemma4 import SHAPE, VARIANTS, published, truth
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -7,24 +7,12 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 from transformers import LlamaConfig as HFLlamaConfig
-from transformers import (
-    LlamaForCausalLM,
-    PretrainedConfig,
-    Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
-)
+from transformers import LlamaForCausalLM, PretrainedConfig, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers import Qwen2Config as HFQwen2Config
 from transformers import Qwen3Config as HFQwen3Config
 
 from dtcp.mixer_metadata import batch_metadata
-from dtcp.models.llama import (
-    PRESETS,
-    Llama,
-    config_from_hf,
-    from_hf,
-    tiny,
-    to_hf,
-)
+from dtcp.models.llama import PRESETS, Llama, config_from_hf, from_hf, tiny, to_hf
 from dtcp.models.rope import Rope
 from dtcp.sequence.documents import Documents
 

@@ -24,13 +24,7 @@ from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.labels import look_ahead, shift_labels
 from dtcp.loss import global_token_count, mtp_loss, token_mean_loss
-from dtcp.models.deepseek_v4 import (
-    DeepseekV4,
-    TopKRouter,
-    config_from_hf,
-    from_hf,
-    tiny,
-)
+from dtcp.models.deepseek_v4 import DeepseekV4, TopKRouter, config_from_hf, from_hf, tiny
 from dtcp.parallelize import (
     ActivationCheckpoint,
     Compile,

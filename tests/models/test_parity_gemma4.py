@@ -25,13 +25,7 @@ from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.softmax import AllGatherAttention, RingAttention
 from dtcp.softmax.style import AttentionStyle
-from tests.harness.hf_gemma4 import (
-    ROWS,
-    SEQ_LEN,
-    VARIANTS,
-    Truth,
-    truth,
-)
+from tests.harness.hf_gemma4 import ROWS, SEQ_LEN, VARIANTS, Truth, truth
 from tests.harness.parity import gradients
 from tests.harness.spmd import run_ranks
 

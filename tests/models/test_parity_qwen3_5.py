@@ -14,13 +14,7 @@ from dtcp.batch import shard_batch
 from dtcp.compile import count_graphs
 from dtcp.distributed.ledger import Traffic, count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
-from dtcp.models.qwen3_5 import (
-    DeltaNetConfig,
-    MoEConfig,
-    Qwen35,
-    Qwen35Config,
-    from_hf,
-)
+from dtcp.models.qwen3_5 import DeltaNetConfig, MoEConfig, Qwen35, Qwen35Config, from_hf
 from dtcp.parallelize import (
     ActivationCheckpoint,
     Compile,
@@ -30,28 +24,13 @@ from dtcp.parallelize import (
     parallelize,
     qwen3_5_plan,
 )
-from dtcp.recurrent import (
-    GatedDeltaCP,
-    GatherStates,
-    RelayoutCP,
-    ScanStates,
-)
+from dtcp.recurrent import GatedDeltaCP, GatherStates, RelayoutCP, ScanStates
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
-from dtcp.softmax import (
-    AllGatherAttention,
-    HybridAttention,
-    RingAttention,
-    UlyssesAttention,
-)
+from dtcp.softmax import AllGatherAttention, HybridAttention, RingAttention, UlyssesAttention
 from tests.harness import hf_qwen3_5
-from tests.harness.parity import (
-    GRAPHS,
-    ROWS,
-    SEQ_LEN,
-    gradients,
-)
+from tests.harness.parity import GRAPHS, ROWS, SEQ_LEN, gradients
 from tests.harness.spmd import run_ranks
 
 DENSE = Qwen35Config(

@@ -18,14 +18,7 @@ from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface.mixing_probe import find_mixing, mixers_without_mixing
 from dtcp.labels import look_ahead, shift_labels
 from dtcp.mixer_metadata import batch_metadata
-from dtcp.models.qwen3_5 import (
-    PRESETS,
-    Qwen35,
-    config_from_hf,
-    config_to_hf,
-    from_hf,
-    to_hf,
-)
+from dtcp.models.qwen3_5 import PRESETS, Qwen35, config_from_hf, config_to_hf, from_hf, to_hf
 from dtcp.parallelize import parallelize, qwen3_5_plan
 from dtcp.recurrent import CausalConvCP, GatedDeltaCP
 from dtcp.sequence.documents import Documents

@@ -34,12 +34,7 @@ from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.per_document import PerDocument
-from dtcp.softmax import (
-    AllGatherAttention,
-    HybridAttention,
-    RingAttention,
-    UlyssesAttention,
-)
+from dtcp.softmax import AllGatherAttention, HybridAttention, RingAttention, UlyssesAttention
 from tests.harness.hf_models import config_of
 from tests.harness.spmd import run_ranks
 

@@ -16,12 +16,7 @@ from dtcp.planner.subject import FamilyModel, HuggingFaceModel
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import HeadTail
-from dtcp.softmax import (
-    AllGatherAttention,
-    HybridAttention,
-    RingAttention,
-    UlyssesAttention,
-)
+from dtcp.softmax import AllGatherAttention, HybridAttention, RingAttention, UlyssesAttention
 from dtcp.sparse.mixer import CompressedSparseAttention, Compression, Index, Prepool
 from dtcp.sparse_latent import SparseLatentAttention
 

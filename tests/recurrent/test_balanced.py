@@ -6,13 +6,7 @@ import pytest
 import torch
 
 from dtcp.compile import count_graphs
-from dtcp.recurrent import (
-    FewestBytes,
-    GatedDeltaCP,
-    GatedDeltaRule,
-    GatedLinearCP,
-    exchange,
-)
+from dtcp.recurrent import FewestBytes, GatedDeltaCP, GatedDeltaRule, GatedLinearCP, exchange
 from dtcp.recurrent.moves import ChannelShape, DeltaShape, LinearShape
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords

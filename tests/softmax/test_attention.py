@@ -22,12 +22,7 @@ from dtcp.mixer_plan import apply_plan
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.per_document import PerDocument
-from dtcp.softmax import (
-    AllGatherAttention,
-    HybridAttention,
-    RingAttention,
-    UlyssesAttention,
-)
+from dtcp.softmax import AllGatherAttention, HybridAttention, RingAttention, UlyssesAttention
 from dtcp.softmax.mixer import SoftmaxAttention
 from tests.harness import packings
 from tests.harness.attention_parity import (

@@ -15,10 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional as F
 from torch.profiler import profile
 
-from dtcp.distributed.ledger import (
-    OpCount,
-    count_traffic,
-)
+from dtcp.distributed.ledger import OpCount, count_traffic
 from dtcp.sdpa.aten_rules import install_sdpa_rules
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.document_balanced import DocumentBalanced

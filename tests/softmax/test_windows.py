@@ -5,22 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.window_bytes import (
-    all_gather,
-    needed_tokens,
-    ours,
-    total,
-    whole_chunk_ring,
-)
+from benchmarks.window_bytes import all_gather, needed_tokens, ours, total, whole_chunk_ring
 from dtcp.batch import shard_batch
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
-from dtcp.models.gemma4 import (
-    PRESETS,
-    Gemma4,
-    Gemma4Config,
-    LayerType,
-)
+from dtcp.models.gemma4 import PRESETS, Gemma4, Gemma4Config, LayerType
 from dtcp.parallelize import gemma4_plan, parallelize
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents

@@ -27,11 +27,7 @@ class RecurrentKernel(Protocol):
     def forward(self, parts: Sequence[Any], carry: Carry | None) -> tuple[list[Tensor], Tensor]: ...
 
     def backward(
-        self,
-        parts: Sequence[Any],
-        grads_out: Sequence[Tensor],
-        state: Tensor,
-        carry: Carry | None,
+        self, parts: Sequence[Any], grads_out: Sequence[Tensor], state: Tensor, carry: Carry | None
     ) -> Sequence[Any]: ...
 
 

@@ -12,13 +12,7 @@ from math import inf
 import torch
 
 from dtcp.kernels.softmax.backends import BACKENDS, Backend, backend_named
-from dtcp.kernels.softmax.demand import (
-    Demand,
-    ability_for,
-    is_able,
-    refusal,
-    refusal_of_inputs,
-)
+from dtcp.kernels.softmax.demand import Demand, ability_for, is_able, refusal, refusal_of_inputs
 from dtcp.kernels.softmax.types import AUTO
 
 LOG = logging.getLogger("dtcp.kernels")
