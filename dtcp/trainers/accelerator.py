@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface.whole_rows import WholeRows
+from dtcp.trainers.optimizer_trial import check_steps_shards
 
 
 class MeshAccelerator(Accelerator):
@@ -63,6 +65,12 @@ class MeshAccelerator(Accelerator):
         self, model: nn.Module, device_placement: Any = None, evaluation_mode: bool = False
     ) -> nn.Module:
         return model if isinstance(model, WholeRows) else self.rows_of(model)
+
+    def prepare_optimizer(self, optimizer: Any, device_placement: Any = None) -> Any:
+        """Once it has been tried on shards, whoever has made it."""
+        if not isinstance(optimizer, AcceleratedOptimizer):  # as it is where one trains on
+            check_steps_shards(optimizer)
+        return super().prepare_optimizer(optimizer, device_placement)
 
     def unwrap_model(self, model: Any, *_: Any, **__: Any) -> Any:
         return model.module if isinstance(model, WholeRows) else model

@@ -1,0 +1,125 @@
+"""An optimizer tried on small parameters: DTensors as whole ones, or it is refused by name.
+
+Most optimizers are sums and products of their parameters, which DTensors carry out. One that reads
+the memory of a parameter, or the shape of a gradient to make a state of it, finds those of a shard.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
+SHAPES = ((66,), (96, 66), (6, 34, 32))
+"""Of one dim, two and three; the matrix is no smaller than what optimizers keep in few bits."""
+STEPS = 3
+BOUND = 3e-2
+"""Of what steps have added, relative to the most that they have added anywhere: Muon computes in
+bf16, and what goes by a shard instead of the whole is further off, for no two shards are alike."""
+Kind = tuple[DeviceMesh, tuple[Placement, ...], int]
+
+
+def check_steps_shards(optimizer: Any) -> None:
+    """Refuse an optimizer that steps shards otherwise than whole weights; all ranks call it.
+
+    It is tried as it is, with the settings of each of its groups, on parameters of its own. What
+    fails with whole ones, too, is left to fail by itself.
+
+    Raises:
+        ValueError: on all ranks, saying what it does.
+    """
+    said = ""
+    for group in optimizer.param_groups:
+        for kind in _kinds(group["params"]):
+            said = said or _difference(optimizer, group, kind)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        of_ranks = [said] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, said)
+        said = next(filter(None, of_ranks), "")
+    if said:
+        raise ValueError(
+            f"An optimizer on a mesh steps DTensors as one process steps whole weights, got "
+            f"{type(optimizer).__module__}.{type(optimizer).__name__}, {said}: take one of "
+            f"torch.optim, as AdamW, or one that is made of operations of torch."
+        )
+
+
+def _kinds(parameters: list[Tensor]) -> list[Kind]:
+    """The ways in which parameters lie on their meshes, each once."""
+    found: dict[Kind, None] = {}
+    for each in parameters:
+        if isinstance(each, DTensor) and each.requires_grad and 0 < each.ndim <= len(SHAPES):
+            placements = tuple(
+                Shard(x.dim) if hasattr(x, "dim") else Replicate() for x in each.placements
+            )
+            found[each.device_mesh, placements, each.ndim] = None
+    return list(found)
+
+
+def _difference(optimizer: Any, group: dict[str, Any], kind: Kind) -> str:
+    """What an optimizer does to shards that it does not do to whole parameters; empty: nothing."""
+    mesh, placements, ndim = kind
+    device = group["params"][0].device
+    first, *gradients = (x.to(device) for x in _uneven(SHAPES[ndim - 1]))
+
+    def shards(x: Tensor) -> DTensor:
+        return distribute_tensor(x.clone(), mesh, placements, src_data_rank=None)
+
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        whole = nn.Parameter(first.clone())
+        try:
+            _step(optimizer, group, whole, gradients)
+        except Exception:  # noqa: BLE001  # a setting that is wrong, or parameters of another kind
+            return ""
+        parts = nn.Parameter(shards(first))
+        try:
+            _step(optimizer, group, parts, [shards(x) for x in gradients])
+        except Exception as error:  # noqa: BLE001  # whatever code of others raises
+            first_line = str(error).partition("\n")[0]
+            return f"which fails on them ({type(error).__name__}: {first_line[:200]})"
+        stepped: Any = parts.detach()
+        added, gap = whole.detach() - first, stepped.full_tensor() - whole.detach()
+    off = float(gap.abs().max() / added.abs().max().clamp(min=1e-30))
+    return "" if off <= BOUND else f"whose steps are {off:.1e} off, relative to the largest"
+
+
+def _uneven(shape: tuple[int, ...]) -> list[Tensor]:
+    """A parameter and its gradients, no part of which has the others' norms."""
+    generator, growing = torch.Generator().manual_seed(0), torch.ones(shape)
+    for dim, size in enumerate(shape):
+        growing *= torch.linspace(-2, 2, size).exp2().view(-1, *[1] * (len(shape) - dim - 1))
+    first, *gradients = (torch.randn(shape, generator=generator) for _ in range(1 + STEPS))
+    return [first * growing, *(x / growing for x in gradients)]
+
+
+def _step(
+    optimizer: Any, group: dict[str, Any], parameter: nn.Parameter, gradients: list[Any]
+) -> None:
+    """Let a copy of an optimizer, with a group's settings, step a parameter of another model."""
+    copy = object.__new__(type(optimizer))
+    vars(copy).update(_own(vars(optimizer)))
+    rate = group.get("initial_lr", group.get("lr"))
+    if isinstance(rate, float | int) and rate == 0:
+        rate = optimizer.defaults.get("lr")
+    settings = group if rate is None else {**group, "lr": rate}
+    copy.state = defaultdict(dict)
+    copy.param_groups = [{**settings, "params": [parameter]}]
+    for gradient in gradients:
+        parameter.grad = gradient
+        type(optimizer).step(copy)
+
+
+def _own(attributes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Attributes for a copy: no hook is called, and no list or dict of the optimizer's changes.
+
+    A learning rate's schedule replaces the method `step` of the optimizer itself.
+    """
+    for name, value in attributes.items():
+        if name.endswith("_hooks"):
+            yield name, type(value)()
+        elif name != "step":
+            yield name, value.copy() if isinstance(value, dict | list | set) else value

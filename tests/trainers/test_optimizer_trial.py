@@ -1,0 +1,52 @@
+"""An optimizer that steps shards otherwise than whole weights is refused before its first step."""
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+from transformers.optimization import Adafactor
+
+from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.parallelize import parallelize_hf
+from dtcp.trainers.optimizer_trial import check_steps_shards
+from tests.harness.hf_models import build
+from tests.harness.spmd import spmd
+
+
+class Scaled(torch.optim.Optimizer):
+    """Steps by the ratio of two norms, as LAMB does: on the host, where one is a shard's."""
+
+    def __init__(self, params, lr=0.1, *, whole=True):
+        super().__init__(params, {"lr": lr})
+        self.whole = whole
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    norms = [self.norm(x).item() for x in (p, p.grad)]
+                    p.sub_(p.grad, alpha=group["lr"] * norms[0] / norms[1])
+
+    def norm(self, x):
+        return x.full_tensor().norm() if self.whole and isinstance(x, DTensor) else x.norm()
+
+
+@spmd(axes={"cp": 2, "tp": 2})
+def test_optimizer_that_goes_by_a_shard_is_refused(mesh):
+    """And none whose sums are those of whole weights; neither has stepped a weight of the model."""
+    model = parallelize_hf(build("llama"), ParallelMesh.from_degrees(Degrees(cp=2, tp=2), "cpu"))
+    weights = list(model.parameters())
+    before = [p.full_tensor().clone() for p in weights]
+    matrices = [p for p in weights if p.ndim == 2]
+    adam = torch.optim.AdamW(weights)
+    torch.optim.lr_scheduler.LambdaLR(adam, lambda step: step / 10)  # no rate at first
+    for optimizer in (adam, Scaled(weights), torch.optim.Muon(matrices)):
+        check_steps_shards(optimizer)
+        assert not optimizer.state
+    by_shard = Scaled([{"params": weights[:1]}, {"params": weights[1:]}], whole=False)
+    with pytest.raises(ValueError, match=r"test_optimizer_trial\.Scaled, whose steps are .* off"):
+        check_steps_shards(by_shard)
+    with pytest.raises(ValueError, match=r"optimization\.Adafactor, which fails on them \(Runtime"):
+        check_steps_shards(Adafactor(weights))
+    assert all(torch.equal(p.full_tensor(), x) for p, x in zip(weights, before, strict=True))
+    assert all(p.grad is None for p in weights)
