@@ -63,6 +63,7 @@ from dtcp.trainers.saved import (
 )
 
 
+from dtcp.trainers.streams import read_whole
 class MeshTrainerMixin(PolicyRows):
     """Put before a trainer's class: `class Trainer(MeshTrainerMixin, transformers.Trainer)`.
 
@@ -199,10 +200,10 @@ class MeshTrainerMixin(PolicyRows):
         whole: float = super().floating_point_ops(inputs)  # type: ignore[misc]
         return whole / (self.mesh.size("cp") * self.mesh.size("tp"))
 
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Whose workers draw the same random numbers on all ranks of a cp and tp group."""
         with as_batch_rank(self):
-            return super()._get_dataloader(*args, **kwargs)  # type: ignore[misc]
+            return super()._get_dataloader(read_whole(dataset), *args, **kwargs)  # type: ignore[misc]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Of the parameters as they are sharded, whatever the model was evaluated on."""

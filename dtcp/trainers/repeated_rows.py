@@ -4,16 +4,22 @@ accelerate completes the last rows of an epoch by its first ones. Their gradient
 an evaluation, would be another one than that of one process, which has no more rows.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dtcp.distributed.mesh import ParallelMesh
+from dtcp.huggingface.documents import documents_of_hf_batch
 from dtcp.labels import IGNORED
+from dtcp.trainers.streams import note_remainder, rows_of_rank
 
 
 def ignore_repeated(batch: Any, state: Any, mesh: ParallelMesh) -> bool:
-    """Let rows that are repeated have no labels, in place; those of flattened batches do.
+    """Let rows that are repeated have no labels, in place; packed and flattened, they keep them.
+
+    A batch that was flattened into one row still shows them where each was one document.
 
     Args:
         batch: the last one that was read, of this rank: labels [B, S].
@@ -22,13 +28,28 @@ def ignore_repeated(batch: Any, state: Any, mesh: ParallelMesh) -> bool:
         whether there were any, with labels.
     """
     ranks, labels = mesh.size("batch"), batch.get("labels")
-    ended = state.in_dataloader and state.end_of_dataloader and state.remainder > 0
+    ended = state.in_dataloader and state.end_of_dataloader
     if ranks == 1 or not ended or not isinstance(labels, Tensor) or labels.ndim != 2:
         return False
-    rows = state.active_dataloader.total_batch_size // ranks
-    own = max(state.remainder - mesh.rank("batch") * rows, 0)
-    if len(labels) != rows or (labels[own:] == IGNORED).all():
+    note_remainder(state.active_dataloader)
+    if state.remainder <= 0:
         return False
-    batch["labels"] = labels.clone()
-    batch["labels"][own:] = IGNORED
+    rows = rows_of_rank(state.active_dataloader, ranks)
+    own = max(state.remainder - mesh.rank("batch") * rows, 0)
+    repeated = _tokens_from(own, rows, batch)
+    if repeated is None or (labels[repeated] == IGNORED).all():
+        return False
+    batch["labels"] = labels.masked_fill(repeated, IGNORED)
     return True
+
+
+def _tokens_from(own: int, rows: int, batch: Mapping[str, Any]) -> Tensor | None:
+    """Which tokens belong to a row behind the first ones: [B, S]; None where nothing shows it."""
+    labels: Tensor = batch["labels"]
+    if len(labels) == rows:
+        row = torch.arange(rows, device=labels.device)[:, None]
+        return (row >= own).expand_as(labels)
+    if len(labels) > 1:
+        return None
+    document = documents_of_hf_batch(batch).document().to(labels.device)
+    return document >= own if int(document.max()) + 1 == rows else None

@@ -1,0 +1,64 @@
+"""Data sets without an end that is known: all batch ranks read the same one, and end together.
+
+accelerate gives each process shards of its own where a stream of `datasets` has as many. Such parts
+end at different rows, and a rank that has none left waits for nobody: the others wait for it.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from accelerate.data_loader import IterableDatasetShard
+from torch.utils.data import IterableDataset
+
+
+class WholeStream(IterableDataset[Any]):
+    """A stream as it is, of which each batch rank takes its rows; counts those of the last pass.
+
+    To accelerate it is no stream of `datasets`, so every rank reads all rows. Their order is that
+    of one process.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.rows = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.rows = 0
+        for row in self.stream:
+            self.rows += 1
+            yield row
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "stream":  # before it is set, as where a worker unpickles it
+            raise AttributeError(name)
+        return getattr(self.stream, name)
+
+
+def read_whole(dataset: Any) -> Any:
+    """A stream, so that all ranks read all of it; a data set whose rows have a number, as it is."""
+    return WholeStream(dataset) if isinstance(dataset, IterableDataset) else dataset
+
+
+def note_remainder(loader: Any) -> None:
+    """Let a loader of accelerate's that has ended know how many rows of a stream were left for it.
+
+    Of a stream that workers read nothing is known here.
+    """
+    parts = getattr(loader, "dataset", None)
+    known = isinstance(parts, IterableDatasetShard) and isinstance(parts.dataset, WholeStream)
+    if known and loader.num_workers == 0:
+        ranks = parts.num_processes
+        loader.remainder = parts.dataset.rows % (rows_of_rank(loader, ranks) * ranks)
+
+
+def rows_of_rank(loader: Any, ranks: int) -> int:
+    """How many rows a loader of accelerate's gives each of so many batch ranks at once."""
+    parts = getattr(loader, "dataset", None)
+    if isinstance(parts, IterableDatasetShard):
+        rows: int = parts.batch_size
+        return rows // ranks if parts.split_batches else rows
+    total: int = loader.total_batch_size
+    return total // ranks
