@@ -236,7 +236,8 @@ def _refused(args: Any, mesh: ParallelMesh) -> Iterator[tuple[str, Any, str]]:
         "ddp_static_graph": ddp,
         "save_on_each_node": "leave it False: one rank writes, into a folder that all ranks read",
         "predict_with_generate": "leave it False: save the model, and generate with a plain one",
-        "enable_jit_checkpoint": "leave it False: a signal reaches ranks at different steps",
+        "enable_jit_checkpoint": "leave it False: a signal reaches ranks at different steps; a "
+        "callback that hears it may set control.should_save, which holds on all ranks",
         "auto_find_batch_size": "choose a batch size; a part of the ranks would start again",
         "neftune_noise_alpha": "leave it out, for noise would depend on the mesh",
         "activation_offloading": "recompute activations instead, by gradient_checkpointing",

@@ -44,6 +44,7 @@ from dtcp.trainers.arguments import (
 )
 from dtcp.trainers.cached_reference import shards_for_hashes, with_reference_log_probs
 from dtcp.trainers.policy import PolicyRows
+from dtcp.trainers.decisions import SharedDecisions
 from dtcp.trainers.policy_arguments import (
     arguments_by_name,
     check_made_policy,
@@ -63,8 +64,7 @@ from dtcp.trainers.saved import (
 )
 
 
-from dtcp.trainers.streams import read_whole
-class MeshTrainerMixin(PolicyRows):
+class MeshTrainerMixin(PolicyRows, SharedDecisions):
     """Put before a trainer's class: `class Trainer(MeshTrainerMixin, transformers.Trainer)`.
 
     Args:
@@ -146,6 +146,7 @@ class MeshTrainerMixin(PolicyRows):
         check_given_optimizer(self.optimizer, self.model)
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             check_optimizer_name(self.args)
+        self._share_callbacks()
         of_tokens = last_token_mixer(self.model) is None
         if of_tokens and not smooths_by_itself(type(self)):
             self.label_smoother = None  # the model's loss has it

@@ -8,14 +8,15 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from torch import Tensor
 from torch import distributed as dist
@@ -30,6 +31,7 @@ from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 from transformers.utils import logging
@@ -102,6 +104,7 @@ def trainer_of(
     *,
     base: type = Trainer,
     flattened: bool = False,
+    streamed: bool = False,
     rows: int = 16,
     **change: Any,
 ) -> Any:
@@ -118,13 +121,22 @@ def trainer_of(
         "args": TrainingArguments(**{**tiny.arguments(mesh, folder), **change}),
         # With a cache, transformers lets packed documents see each other.
         "model_init": lambda: tiny.build(kind, use_cache=False),
-        "train_dataset": texts,
+        "train_dataset": stream_of(texts) if streamed else texts,
         "eval_dataset": texts[: rows // 4 + rows % 4],
         "data_collator": collator,
         **own,
     }
     on_mesh: Any = type("MeshTrainer", (MeshTrainerMixin, base), {})
     return base(**options) if mesh is None else on_mesh(**options, mesh=mesh)
+
+
+def stream_of(texts: list[dict[str, Any]]) -> Any:
+    """In two parts, of which one is the longer."""
+
+    def rows_of(parts: list[list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+        yield from chain.from_iterable(parts)
+
+    return IterableDataset.from_generator(rows_of, gen_kwargs={"parts": [texts[:8], texts[8:]]})
 
 
 def many(mesh: ParallelMesh | None, folder: str) -> Any:
@@ -160,32 +172,45 @@ def own_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Te
 
 def uneven(mesh: ParallelMesh | None, folder: str, base: type = Trainer, **change: Any) -> Any:
     """Epochs and evaluations that end in a part of a batch, of which one rank has no row."""
-    trainer = trainer_of(
-        mesh,
-        folder,
-        "hybrid",
-        base=base,
-        rows=11,
-        compute_metrics=metrics,
-        max_steps=-1,
-        num_train_epochs=2,
-        gradient_accumulation_steps=3,
-        max_grad_norm=0.05,
-        eval_strategy="epoch",
-        save_strategy="no",
-        **change,
-    )
+    options: dict[str, Any] = {
+        "rows": 11,
+        "compute_metrics": metrics,
+        "max_steps": -1,
+        "num_train_epochs": 2,
+        "gradient_accumulation_steps": 3,
+        "max_grad_norm": 0.05,
+        "eval_strategy": "epoch",
+        "save_strategy": "no",
+    }
+    trainer = trainer_of(mesh, folder, "hybrid", base=base, **{**options, **change})
     trainer.train()
     return trainer
 
 
-def flattened(mesh: ParallelMesh | None, folder: str) -> Any:
+class StopsOnLastRank(TrainerCallback):
+    """Ends training after a step, saves and evaluates: one rank, or the process that is alone."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        alone = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
+        control.should_training_stop = control.should_evaluate = alone and state.global_step == 2
+
+
+def decided(mesh: ParallelMesh | None, folder: str) -> Any:
+    """What one rank decides by itself."""
+    options = {"callbacks": [StopsOnLastRank()], "eval_strategy": "no", "save_strategy": "no"}
+    trainer = trainer_of(mesh, folder, "windows", **options)
+    trainer.train()
+    return trainer
+
+
+def flattened(mesh: ParallelMesh | None, folder: str, kind: str = "experts", **rows: Any) -> Any:
     """Rows without padding, evaluated before training, in epochs that end in a part of a step."""
     trainer = trainer_of(
         mesh,
         folder,
-        "experts",
+        kind,
         flattened=True,
+        **rows,
         max_steps=-1,
         num_train_epochs=1,
         gradient_accumulation_steps=3,
@@ -342,6 +367,9 @@ CASES = {
     "uneven": uneven,
     "uneven_doubled": partial(uneven, base=Doubling),
     "uneven_by_function": partial(uneven, compute_loss_func=own_loss),
+    "uneven_stream": partial(uneven, streamed=True, max_steps=7, num_train_epochs=1),
+    "uneven_flattened": partial(flattened, kind="windows", rows=11),
+    "decided": decided,
     "flattened": flattened,
     "compiled": compiled,
     "preferences": preferences,
@@ -353,7 +381,7 @@ CASES = {
     "bart": bart,
     "adapted_two_sequences": adapted_two_sequences,
 }
-DEALT = ("uneven", "uneven_doubled", "uneven_by_function")
+DEALT = ("uneven", "uneven_doubled", "uneven_by_function", "uneven_stream", "uneven_flattened")
 """Cases in which ranks read different rows."""
 Logs = list[dict[str, float]]
 
