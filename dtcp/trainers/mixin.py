@@ -6,6 +6,7 @@ counts a cp and tp group as one process (`MeshAccelerator`), and files are writt
 ranks together. Everything else, from arguments to callbacks, is the trainer's own.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -43,8 +44,8 @@ from dtcp.trainers.arguments import (
     smooths_by_itself,
 )
 from dtcp.trainers.cached_reference import shards_for_hashes, with_reference_log_probs
-from dtcp.trainers.policy import PolicyRows
 from dtcp.trainers.decisions import SharedDecisions
+from dtcp.trainers.policy import PolicyRows
 from dtcp.trainers.policy_arguments import (
     arguments_by_name,
     check_made_policy,
@@ -62,6 +63,7 @@ from dtcp.trainers.saved import (
     save_optimizer,
     save_weights,
 )
+from dtcp.trainers.streams import read_whole
 
 
 class MeshTrainerMixin(PolicyRows, SharedDecisions):
@@ -101,6 +103,7 @@ class MeshTrainerMixin(PolicyRows, SharedDecisions):
     processing_class: Any
     _prepare_inputs: Callable[[Any], Any]
     _train_batch_size: int
+    _get_output_dir: Callable[[Any], str]
     _signature_columns: Any
     _loss_shifts_labels: bool
     model_accepts_loss_kwargs: bool
@@ -143,15 +146,14 @@ class MeshTrainerMixin(PolicyRows, SharedDecisions):
                 if isinstance(each, nn.Module):
                     self._while_made.enter_context(shards_for_hashes(each))
             super().__init__(*args, **kwargs)
+        self._share_callbacks()
         check_given_optimizer(self.optimizer, self.model)
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             check_optimizer_name(self.args)
-        self._share_callbacks()
         of_tokens = last_token_mixer(self.model) is None
         if of_tokens and not smooths_by_itself(type(self)):
             self.label_smoother = None  # the model's loss has it
         check_parts_of_loss(self, z_loss, of_tokens=of_tokens)
-        self.model_accepts_loss_kwargs = of_tokens
         if trains_policy(type(self)):
             self._share_rollouts(sync_weights)
 
@@ -186,6 +188,8 @@ class MeshTrainerMixin(PolicyRows, SharedDecisions):
             check_placed_as_asked(self.args, model)
         else:
             self._place(model, self.mesh, **asked_of_placing(self.args))
+        # What the trainer reads off a forward, which has something around it now.
+        adapted_model(model).accepts_loss_kwargs = last_token_mixer(model) is None
         return model
 
     def call_model_init(self, trial: Any = None) -> Any:
@@ -257,7 +261,8 @@ class MeshTrainerMixin(PolicyRows, SharedDecisions):
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
         if "input_ids" not in self._signature_columns and "kwargs" in self._signature_columns:
             # Read off a forward with something around it, which takes anything.
-            self._signature_columns += list(_forward_names(adapted_model(self.model)))
+            forward = type(adapted_model(self.model)).forward
+            self._signature_columns += list(inspect.signature(forward).parameters)
 
     # Losses.
 
@@ -265,7 +270,8 @@ class MeshTrainerMixin(PolicyRows, SharedDecisions):
         """Tokens with a loss in all micro-batches of all batch ranks: no document's first token."""
         if batch_samples:
             self._ignore_repeated(batch_samples[-1])
-        if not batch_samples or not self._shifts(batch_samples[0]):
+        asked = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        if not batch_samples or not asked or not self._shifts(batch_samples[0]):
             return super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
         count = torch.zeros((), dtype=torch.int64)
         for batch in batch_samples:
@@ -341,6 +347,13 @@ class MeshTrainerMixin(PolicyRows, SharedDecisions):
             torch.save(self.args, folder / ARGUMENTS)
         self.accelerator.wait_for_everyone()
 
+    def _save_checkpoint(self, model: Any, trial: Any, *others: Any) -> None:
+        """Whose state says last that all is there: that of an earlier run is not to say so."""
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / STATE).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial, *others)  # type: ignore[misc]
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_optimizer(self.model, self.optimizer, Path(output_dir))
         if self.args.should_save:
@@ -350,6 +363,7 @@ class MeshTrainerMixin(PolicyRows, SharedDecisions):
         if is_first_rank(self.mesh):
             with as_batch_rank(self):
                 super()._save_rng_state(str(Path(output_dir) / RANDOM_STATES))  # type: ignore[misc]
+        self.accelerator.wait_for_everyone()
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -382,11 +396,5 @@ def _on_whole_rows(model: nn.Module, forward: Callable[..., Any], *args: Any, **
     return vars(model)[_ROWS](*args, **kwargs)
 
 
-SCHEDULER, ARGUMENTS = "scheduler.pt", "training_args.bin"
+SCHEDULER, ARGUMENTS, STATE = "scheduler.pt", "training_args.bin", "trainer_state.json"
 """As transformers names them."""
-
-
-def _forward_names(model: nn.Module) -> Any:
-    import inspect
-
-    return inspect.signature(type(model).forward).parameters

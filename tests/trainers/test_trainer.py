@@ -392,3 +392,38 @@ def save_in_folders(mesh, folder):
 
 def test_never_silent_hosts_that_save_parts_of_an_optimizer_in_folders_of_their_own(tmp_path):
     run_ranks(save_in_folders, 2, str(tmp_path))
+
+
+def test_checkpoint_that_is_begun_anew_no_longer_says_that_it_is_whole(tmp_path, monkeypatch):
+    """Where a run ends amid writing it, an old state would let another go on from a mixture."""
+    trainer = MeshTrainer(build("llama"), arguments(tmp_path), mesh=ONE_RANK)
+    state = tmp_path / "checkpoint-0" / "trainer_state.json"
+    state.parent.mkdir()
+    state.write_text("{}")
+
+    def full_disk(*args, **kwargs):
+        raise OSError("no room")
+
+    monkeypatch.setattr(trainer, "save_model", full_disk)
+    with pytest.raises(OSError, match="no room"):
+        trainer._save_checkpoint(trainer.model, None)
+    assert not state.exists()
+
+
+def test_trainer_whose_own_loss_is_a_mean_is_not_told_otherwise(tmp_path):
+    """It says so by itself; its loss is divided by micro-batches, and gets no count of tokens."""
+
+    class Own(Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.model_accepts_loss_kwargs = False
+
+    batch = {"input_ids": torch.ones(1, 8, dtype=torch.int64)}
+    batch["labels"] = batch["input_ids"]
+    for base, count in ((Own, None), (Trainer, 7)):
+        mixed = type("Mixed", (MeshTrainerMixin, base), {})
+        trainer = mixed(build("llama"), arguments(tmp_path), mesh=ONE_RANK)
+        assert trainer.model_accepts_loss_kwargs == (count is not None)
+        assert trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)[1] == count
+    rows = build("llama", head="SequenceClassification", num_labels=2)
+    assert not MeshTrainer(rows, arguments(tmp_path), mesh=ONE_RANK).model_accepts_loss_kwargs
