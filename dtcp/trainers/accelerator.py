@@ -11,6 +11,7 @@ from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.utils.data import RandomSampler
 
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface.whole_rows import WholeRows
@@ -59,6 +60,9 @@ class MeshAccelerator(Accelerator):
         loader = super().prepare_data_loader(data_loader, False, slice_fn_for_dispatch)
         if isinstance(loader, DataLoaderShard):
             _show_batches(loader.base_dataloader, self.look_at)
+            if self.num_processes > 1 and _draws_own_order(data_loader.sampler):
+                # Those of the first rank, for collators may have drawn more on some than on others.
+                loader.rng_types = ["torch"]
         return loader
 
     def prepare_model(
@@ -125,6 +129,11 @@ def _has_tensors_alone(data: Any) -> bool:
     except TypeError:
         return False
     return True
+
+
+def _draws_own_order(sampler: Any) -> bool:
+    """Whether a sampler draws torch's numbers, where accelerate seeds none for it by the epoch."""
+    return getattr(sampler, "generator", ...) is None and not isinstance(sampler, RandomSampler)
 
 
 def _show_batches(loader: Any, look_at: Callable[[Any], None]) -> None:

@@ -47,7 +47,7 @@ def note_remainder(loader: Any) -> None:
 
     Of a stream that workers read nothing is known here.
     """
-    parts = getattr(loader, "dataset", None)
+    parts: Any = getattr(loader, "dataset", None)
     known = isinstance(parts, IterableDatasetShard) and isinstance(parts.dataset, WholeStream)
     if known and loader.num_workers == 0:
         ranks = parts.num_processes
@@ -56,7 +56,7 @@ def note_remainder(loader: Any) -> None:
 
 def rows_of_rank(loader: Any, ranks: int) -> int:
     """How many rows a loader of accelerate's gives each of so many batch ranks at once."""
-    parts = getattr(loader, "dataset", None)
+    parts: Any = getattr(loader, "dataset", None)
     if isinstance(parts, IterableDatasetShard):
         rows: int = parts.batch_size
         return rows // ranks if parts.split_batches else rows

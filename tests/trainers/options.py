@@ -115,7 +115,7 @@ def trainer_of(
     if flattened:
         texts = [{**row, "labels": row["input_ids"]} for row in texts]
         collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
-    given = "compute_metrics", "compute_loss_func", "callbacks"
+    given = "compute_metrics", "compute_loss_func", "callbacks", "data_collator", "train_dataset"
     own = {key: change.pop(key) for key in given if key in change}
     options = {
         "args": TrainingArguments(**{**tiny.arguments(mesh, folder), **change}),
@@ -184,6 +184,34 @@ def uneven(mesh: ParallelMesh | None, folder: str, base: type = Trainer, **chang
     }
     trainer = trainer_of(mesh, folder, "hybrid", base=base, **{**options, **change})
     trainer.train()
+    return trainer
+
+
+def masked(mesh: ParallelMesh | None, folder: str) -> Any:
+    """Rows in an order by chance, whose collator draws as many numbers as they have tokens."""
+    seen: list[int] = []
+
+    def collator(rows: list[dict[str, Any]]) -> Any:
+        seen.extend(row["input_ids"][0] for row in rows)
+        torch.rand(sum(len(row["input_ids"]) for row in rows))
+        return DataCollatorForLanguageModeling(tiny.tokenizer(), mlm=False)(rows)
+
+    trainer = trainer_of(
+        mesh,
+        folder,
+        "windows",
+        data_collator=collator,
+        train_dataset=[{"input_ids": [2 + x] * (9 + 5 * x % 13)} for x in range(16)],
+        train_sampling_strategy="group_by_length",
+        eval_strategy="no",
+        save_strategy="no",
+        max_steps=-1,
+        num_train_epochs=3,
+    )
+    trainer.train()
+    count = torch.bincount(torch.tensor(seen), minlength=18)
+    counts = count if mesh is None else trainer.accelerator.reduce(count)
+    trainer.state.log_history = [{"loss": 0.0, "least": float(counts[2:].min())}]
     return trainer
 
 
@@ -369,6 +397,7 @@ CASES = {
     "uneven_by_function": partial(uneven, compute_loss_func=own_loss),
     "uneven_stream": partial(uneven, streamed=True, max_steps=7, num_train_epochs=1),
     "uneven_flattened": partial(flattened, kind="windows", rows=11),
+    "masked": masked,
     "decided": decided,
     "flattened": flattened,
     "compiled": compiled,
@@ -381,7 +410,8 @@ CASES = {
     "bart": bart,
     "adapted_two_sequences": adapted_two_sequences,
 }
-DEALT = ("uneven", "uneven_doubled", "uneven_by_function", "uneven_stream", "uneven_flattened")
+UNEVEN = ("uneven", "uneven_doubled", "uneven_by_function", "uneven_stream", "uneven_flattened")
+DEALT = (*UNEVEN, "masked")
 """Cases in which ranks read different rows."""
 Logs = list[dict[str, float]]
 
