@@ -45,6 +45,7 @@ from dtcp.softmax import (
 from dtcp.softmax.distance_bias import alibi_slopes, t5_distance_bias
 from dtcp.softmax.mixer import CrossAttention, LatentAttention, SoftmaxAttention
 from dtcp.softmax.style import AttentionStyle
+from dtcp.token_dropout import TokenDropout
 
 __all__ = [
     "AllGatherAttention",
@@ -80,6 +81,7 @@ __all__ = [
     "ShardedBatch",
     "SlidingWindow",
     "SoftmaxAttention",
+    "TokenDropout",
     "TokenField",
     "UlyssesAttention",
     "alibi_slopes",

@@ -34,6 +34,7 @@ from dtcp.sequence.memory import Memory
 from dtcp.sequence.row_layouts import layout_of_batch, pieces_digest
 from dtcp.sharded_batch import ShardedBatch
 from dtcp.softmax.model_masks import attends_both_ways, masks_of
+from dtcp.token_dropout import any_drops, drawn_seed, token_keys
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,23 @@ class PreparedBatch:
         if not mesh.cp is mesh.tp is mesh.pp is None:
             self.hashes  # noqa: B018
         return self
+
+    @on_host
+    def with_token_keys(self, axes: Sequence[DeviceMesh | None]) -> Self:
+        """Itself, with what its model's TokenDropouts read: drawn where the batch is used.
+
+        Args:
+            axes: whose ranks read the same rows; all of them call this if one does.
+        """
+        if self.model is None or not any_drops(MixerKinds.of(self.model).dropouts):
+            return self
+        sharded, mesh = self.sharded, self.sharded.mesh
+        batch, seq_len = sharded.documents.batch, sharded.documents.seq_len
+        rows = mesh.rank("batch") * batch + torch.arange(batch)
+        whole = torch.arange(seq_len).expand(batch, -1)
+        tokens = part_of_rows(whole, sharded.layout, mesh.rank("cp"), dim=1, pad=0)
+        metadata = sharded.attn_metadata.with_token_keys(token_keys(drawn_seed(axes), rows, tokens))
+        return replace(self, sharded=replace(sharded, attn_metadata=metadata))
 
     def to(self, device: torch.device | str | None) -> tuple[dict[str, Tensor], ShardedBatch]:
         """As `shard_batch` returns it; None leaves it where it is."""
@@ -161,7 +179,7 @@ def shard_prepared(
     made = prepared_alike(compared, prepared, lambda batch: batch.hashes, stages=stages)
     if compare_ranks and made.model is not None:
         warn_of_other_weights(made.model, mesh.cp)
-    return made.to(device)
+    return made.with_token_keys((mesh.cp, mesh.tp, *axes)).to(device)
 
 
 @on_host

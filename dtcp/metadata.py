@@ -158,6 +158,8 @@ class BatchMetadata:
         real: [B, L] bool, this rank's tokens that are no padding; None where nobody says.
         memory: that of the sequence which an encoder reads, in a model that has one.
         last_position: the largest of all ranks' position ids; None where nobody says.
+        token_keys: [B, L] int64, what tells each of this rank's tokens apart to a TokenDropout;
+            None where the model has none that drops.
     """
 
     def __init__(
@@ -166,10 +168,12 @@ class BatchMetadata:
         real: Tensor | None = None,
         memory: "BatchMetadata | None" = None,
         last_position: int | None = None,
+        token_keys: Tensor | None = None,
     ) -> None:
         self.real = real
         self.memory = memory
         self.last_position = last_position
+        self.token_keys = token_keys
         # Keys of their own: dynamo would guard that one is the very object that a mixer holds.
         self._by_key = {replace(key): value for key, value in by_key.items()}
 
@@ -178,16 +182,30 @@ class BatchMetadata:
         moved = {key: each.to(device) for key, each in self._by_key.items()}
         real = None if self.real is None else on_device(self.real, device)
         memory = None if self.memory is None else self.memory.to(device)
-        return BatchMetadata(moved, real, memory, self.last_position)
+        keys = None if self.token_keys is None else on_device(self.token_keys, device)
+        return BatchMetadata(moved, real, memory, self.last_position, keys)
 
     def with_memory(self, memory: "BatchMetadata") -> "BatchMetadata":
         """The same, and that of the sequence which an encoder reads."""
-        return BatchMetadata(self._by_key, self.real, memory, self.last_position)
+        return self._changed(memory=memory)
+
+    def with_token_keys(self, token_keys: Tensor) -> "BatchMetadata":
+        """The same, and what tells its tokens apart."""
+        return self._changed(token_keys=token_keys)
 
     def replaced(self, key: MetadataKey, value: AttentionMetadata) -> "BatchMetadata":
         """The same, but for what mixers of one key read."""
-        by_key = {**self._by_key, key: value}
-        return BatchMetadata(by_key, self.real, self.memory, self.last_position)
+        return self._changed(by_key={**self._by_key, key: value})
+
+    def _changed(self, **change: Any) -> "BatchMetadata":
+        same = {
+            "by_key": self._by_key,
+            "real": self.real,
+            "memory": self.memory,
+            "last_position": self.last_position,
+            "token_keys": self.token_keys,
+        }
+        return BatchMetadata(**{**same, **change})
 
     def __getitem__(self, key: MetadataKey) -> AttentionMetadata:
         return self._by_key[key]

@@ -5,6 +5,7 @@ from itertools import chain
 from operator import methodcaller
 from typing import Any, NamedTuple, Self, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from dtcp._torch.modules import children_of
@@ -16,6 +17,7 @@ from dtcp.sequence.documents import Documents
 from dtcp.sequence.host import on_host
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.memory import Memory
+from dtcp.token_dropout import TokenDropout, any_drops, drawn_seed, numbered, token_keys
 
 T = TypeVar("T")
 ROW_CHECK = "dtcp_row_check"
@@ -63,7 +65,11 @@ def batch_metadata(
     )
     counted = documents.position_ids() if position_ids is None else position_ids
     real, last = coords.document >= 0, int(counted.max())
-    return collect_metadata(model, coords, real=real, last_position=last)
+    metadata = collect_metadata(model, coords, real=real, last_position=last)
+    if not any_drops(MixerKinds.of(model).dropouts):
+        return metadata
+    rows, tokens = torch.arange(coords.rows), torch.arange(coords.seq_len)
+    return metadata.with_token_keys(token_keys(drawn_seed(), rows, tokens))
 
 
 def mixers_of(model: nn.Module) -> tuple[Mixer, ...]:
@@ -76,6 +82,7 @@ class MixerKinds(NamedTuple):
 
     Args:
         row_checks: of its modules, each called with the whole rows that are cut for the model.
+        dropouts: those of its modules that drop by token, which read a batch as well.
     """
 
     first: tuple[Mixer, ...]
@@ -85,6 +92,7 @@ class MixerKinds(NamedTuple):
     counts: list[int]
     made: dict[Callable[..., Any], Any]
     row_checks: tuple[Callable[[Any], None], ...] = ()
+    dropouts: tuple[TokenDropout, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
@@ -104,7 +112,8 @@ class MixerKinds(NamedTuple):
             inside = tuple(x for x in children if x or x is children[0])
             kinds = tuple(first[key] for key in order)
             checks = tuple(vars(x)[ROW_CHECK] for x in modules if ROW_CHECK in vars(x))
-            known = cls(kinds, mixers, inside, _values(inside), [*map(len, inside)], {}, checks)
+            own, dropouts = [*map(len, inside)], numbered(model)
+            known = cls(kinds, mixers, inside, _values(inside), own, {}, checks, dropouts)
             vars(model)[_FOUND] = known
         return known
 

@@ -142,7 +142,8 @@ def _warn_of_dropout(model: nn.Module) -> None:
             warnings.warn(
                 f"What dropout drops depends on the ranks that a row is cut for (of ranks that are "
                 f"seeded alike, the same places of each shard), got {name!r} with "
-                f"p={dropout_of(module)}: set it to 0 for results that no mesh changes.",
+                f"p={dropout_of(module)}: use dtcp.TokenDropout, which drops by token, or set it "
+                f"to 0, for results that no mesh changes.",
                 stacklevel=3,
             )
             return

@@ -40,6 +40,7 @@ from dtcp.parallelize.tied_parameters import (
 )
 from dtcp.sequence.arguments import check_kind
 from dtcp.style import MixerStyle
+from dtcp.token_dropout import SCOPE, DropoutScope, ForwardOnBatch
 
 KEEP_ALL = NoCheckpoint()
 PLAIN_FSDP = FSDP()
@@ -114,6 +115,7 @@ def parallelize(
             compile.with_data_sizes() if routes and compile else compile,
             has_island=_has_eager_island(name, block, plan.cp if mesh.cp is not None else {})
             or (mesh.hsdp is not None and _is_gathered_in_parts(name, fsdp_units)),
+            scope=vars(block).get(SCOPE),
         )
     if mesh.hsdp is not None:
         shard_parameters(
@@ -168,14 +170,27 @@ def _apply_styles(model: nn.Module, mesh: ParallelMesh, plan: ParallelPlan) -> N
 
 
 def _checkpointed_and_compiled(
-    forward: Forward, checkpoint: ActivationCheckpoint, compile: Compile | None, *, has_island: bool
+    forward: Forward,
+    checkpoint: ActivationCheckpoint,
+    compile: Compile | None,
+    *,
+    has_island: bool,
+    scope: DropoutScope | None,
 ) -> Forward:
-    """Checkpoint and compile a block's forward, one inside the other as its graph allows."""
+    """Checkpoint and compile a block's forward, one inside the other as its graph allows.
+
+    Args:
+        scope: of dropouts inside, which learns of its batch outside of graphs.
+    """
     if compile is None:
-        return checkpoint.wrap(forward)
+        return checkpoint.wrap(_noting(scope, forward))
     if has_island:
-        return checkpoint.wrap(compile.around_islands(forward))
-    return compile.whole(checkpoint.wrap(forward))
+        return checkpoint.wrap(_noting(scope, compile.around_islands(forward)))
+    return _noting(scope, compile.whole(checkpoint.wrap(forward)))
+
+
+def _noting(scope: DropoutScope | None, forward: Forward) -> Forward:
+    return forward if scope is None else ForwardOnBatch(scope, forward)
 
 
 def _spread_experts(model: nn.Module, mesh: ParallelMesh, plan: ParallelPlan) -> None:

@@ -12,6 +12,7 @@ from torch.compiler import list_backends
 from dtcp.compile import compile_around_islands, compile_whole
 from dtcp.parallelize.activation_checkpoint import Forward
 from dtcp.sequence.arguments import check_ints, check_kind
+from dtcp.token_dropout import without_scope
 
 _WELL_KNOWN = ("inductor", "aot_eager", "eager")
 
@@ -79,9 +80,9 @@ class Compile:
 
 def has_compiled_blocks(model: nn.Module) -> bool:
     """Whether a module of a model has a forward that was compiled here."""
-    forwards = [vars(module).get("forward") for module in model.modules()]
+    forwards = [without_scope(vars(module).get("forward")) for module in model.modules()]
     # Around eager islands, the checkpoint is around what is compiled.
-    inside = [f.args[0] if isinstance(f, partial) else f for f in forwards]
+    inside = [without_scope(f.args[0]) if isinstance(f, partial) else f for f in forwards]
     return any(isinstance(forward, CompiledForward) for forward in inside)
 
 

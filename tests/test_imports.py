@@ -44,6 +44,7 @@ FLOORS = (
         "dtcp.mixer_positions",
         "dtcp.mixer_ranks",
         "dtcp.style",
+        "dtcp.token_dropout",
     ),
     (
         "dtcp.softmax",
@@ -107,6 +108,7 @@ OF_TRANSFORMERS = (
     "_can_set_experts_implementation",
     "_experts_implementation",
     "_from_config",
+    "_gradient_checkpointing_func",
     "_init_weights",
     "_keep_in_fp32_modules_strict",
     "_keys_to_ignore_on_load_unexpected",

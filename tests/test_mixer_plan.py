@@ -19,7 +19,7 @@ def applied(mesh, *modules):
 
 @spmd(ranks=2)
 def test_dropout_of_a_model_whose_rows_are_cut_is_warned_of(mesh):
-    with pytest.warns(UserWarning, match=r"got '2' with p=0\.1: set it to 0"):
+    with pytest.warns(UserWarning, match=r"got '2' with p=0\.1: use dtcp.TokenDropout"):
         applied(mesh, nn.Dropout(0.0), nn.Dropout(0.1))
     with warnings.catch_warnings(action="error"):
         applied(mesh, nn.Dropout(0.0), nn.Dropout(0.1).eval())

@@ -20,6 +20,7 @@ from dtcp.huggingface.own_errors import model_of_function, own_errors
 from dtcp.huggingface.registry import MIXER
 from dtcp.huggingface.rotary_lengths import at_last_position
 from dtcp.huggingface.small_config import SmallConfig, small_config
+from dtcp.huggingface.token_dropouts import drops
 from dtcp.parallelize import Compile, parallelize_hf
 from dtcp.parallelize.plans.huggingface import RECURRENT
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
@@ -69,7 +70,7 @@ class CheckedHuggingFaceModel:
         if getattr(config, "_experts_implementation", None) == "grouped_mm":
             # torch 2.13 has no grouped matmul in fp64; the batched one computes the same.
             model.set_experts_implementation("batched_mm")
-        return self._as_it_runs(in_fp64(model))
+        return _without_token_dropout(self._as_it_runs(in_fp64(model)))
 
     def mixing(self, model: Any, style: AttentionStyle, tp: int = 1) -> Mixing:
         notes = () if ":" in self.config else self._small().notes
@@ -78,6 +79,8 @@ class CheckedHuggingFaceModel:
             surveyed = survey(model)
         except ValueError as error:
             return Mixing({}, (str(error),), notes=notes)
+        if surveyed.dropouts:
+            notes = (*notes, "dropout: by token, left out here")
         try:
             claims = {
                 f"{a.name}.{MIXER}": f"{carried_out_by(a, style)}, {a.mixer()}"
@@ -163,6 +166,17 @@ class CheckedHuggingFaceModel:
         with torch.no_grad(), own_errors(f"{name} runs by itself, in fp64 on a CPU", remedy):
             out = run()
             check_logits(model, getattr(out, "logits", out), _PROBED)
+
+
+def _without_token_dropout(model: Any) -> Any:
+    """A model whose modules drop nothing that a mesh would drop by token.
+
+    One device runs each document as a row of its own here, where tokens have other places.
+    """
+    for module in model.modules():
+        if drops(module):
+            module.eval()
+    return model
 
 
 def _tokens(model: Any, input_ids: Tensor) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from dtcp.sequence.masks import And, Or
 from dtcp.softmax import RingAttention
 from dtcp.softmax.mixer import SoftmaxAttention
 from dtcp.softmax.style import AttentionStyle
+from dtcp.token_dropout import leave_out_dropout
 
 FLOOR = 0.1
 """An error is relative to the gradient's largest value, or to this part of the model's scale: the
@@ -120,9 +121,11 @@ def compare(
 
 
 def seeded(checked: CheckedModel) -> Any:
-    """The model, with the same weights wherever it is built."""
+    """The model, with the same weights wherever it is built; it drops nothing by token."""
     torch.manual_seed(0)
-    return checked.build()
+    model = checked.build()
+    leave_out_dropout(model)
+    return model
 
 
 def _mixers(model: nn.Module) -> Iterator[tuple[str, Mixer]]:

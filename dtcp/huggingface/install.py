@@ -37,6 +37,7 @@ from dtcp.huggingface.rotary_lengths import install_rotary_lengths
 from dtcp.huggingface.router_logits import leave_out_own_balance
 from dtcp.huggingface.row_checks import install_row_checks
 from dtcp.huggingface.survey import Survey, survey
+from dtcp.huggingface.token_dropouts import install_token_dropouts
 from dtcp.huggingface.token_types import READS_TYPES, check_no_types
 
 ARGUMENTS = (
@@ -76,6 +77,7 @@ def install_mixers(model: Any) -> Survey:
     install_bias_tables(model)
     install_query_temperature(model)
     install_rotary_lengths(model, result.positions.offset)
+    install_token_dropouts(model, result.dropouts)
     for module in own_attentions(model):
         use_registry(model, module)
     for name in result.givers:
@@ -87,16 +89,7 @@ def install_mixers(model: Any) -> Survey:
     registry.register_attention(survey_mask)
     registry.set_attention(model, registry.IMPLEMENTATION)
     _leave_others(model, result, before)
-    mixing = [each.name for each in result.attentions] + [each.name for each in result.recurrent]
-    for name, module in model.named_modules():
-        mixes = any(each.startswith(f"{name}.") for each in mixing)
-        if name and mixes and _is_entry(module) and result.positions.taken:
-            parameters = inspect.signature(type(module).forward).parameters
-            vars(module)[_ARGUMENTS] = [
-                key for key, x in parameters.items() if x.kind is x.POSITIONAL_OR_KEYWORD
-            ]
-            vars(module)[_CONFIGS] = _attention_configs(model, result)
-            wrap_forward(module, _checked_inner_forward)
+    _check_inner_calls(model, result)
     if result.images:
         install_image_inputs(model, result.images)
     if result.encoder:
@@ -113,6 +106,20 @@ def install_mixers(model: Any) -> Survey:
         wrap_forward(model, leave_out_own_balance)
     wrap_forward(model, _checked_forward)
     return result
+
+
+def _check_inner_calls(model: Any, result: Survey) -> None:
+    """Let the models inside of a model refuse what it refuses."""
+    mixing = [each.name for each in result.attentions] + [each.name for each in result.recurrent]
+    for name, module in model.named_modules():
+        mixes = any(each.startswith(f"{name}.") for each in mixing)
+        if name and mixes and _is_entry(module) and result.positions.taken:
+            parameters = inspect.signature(type(module).forward).parameters
+            vars(module)[_ARGUMENTS] = [
+                key for key, x in parameters.items() if x.kind is x.POSITIONAL_OR_KEYWORD
+            ]
+            vars(module)[_CONFIGS] = _attention_configs(model, result)
+            wrap_forward(module, _checked_inner_forward)
 
 
 def _install_attention(module: nn.Module, attention: SurveyedAttention) -> None:

@@ -5,10 +5,12 @@ A copy that cannot be made narrow, or not be run, is made as wide as the model, 
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 from dtcp.huggingface.registry import UnreadAttentionError
 from dtcp.huggingface.survey import Survey, survey
+from dtcp.huggingface.token_dropouts import dropouts_of_adapters
 
 NARROW: Mapping[str, int] = {
     "vocab_size": 64,
@@ -76,8 +78,14 @@ def survey_on_meta(model: Any) -> Survey:
             ) from error
     else:
         if not result.refused or not is_small:
-            return result
-    return _survey_of_copy(model, lambda config: config)
+            return _with_dropouts(result, model, narrow=True)
+    return _with_dropouts(_survey_of_copy(model, lambda config: config), model)
+
+
+def _with_dropouts(result: Survey, model: Any, *, narrow: bool = False) -> Survey:
+    """What a survey of a copy does not find: widths of the model itself, and its adapters."""
+    found = [replace(x, width=None) if narrow else x for x in result.dropouts]
+    return replace(result, dropouts=(*found, *dropouts_of_adapters(model)))
 
 
 def _survey_of_copy(model: Any, change: Callable[[Any], Any]) -> Survey:

@@ -28,6 +28,7 @@ from dtcp.huggingface.recurrent_layers import SurveyedMixer, noting_kernels
 from dtcp.huggingface.rotary_lengths import keeping_frequencies
 from dtcp.huggingface.router_logits import without_router_logits
 from dtcp.huggingface.survey_probe import SurveyProbe, most_positions
+from dtcp.huggingface.token_dropouts import DropoutCalls, SurveyedDropout
 from dtcp.huggingface.unread_adapters import noting_unread_adapters
 from dtcp.huggingface.unsuited import unsuited
 
@@ -50,6 +51,7 @@ class Survey:
         own_masks: layers that are handed a mask of its model's own, which hides nothing.
         reads_types: whether its masks go by the types of tokens, which mixers do not.
         uncounted_padding: whether it counts positions without tokens of the id of padding.
+        dropouts: modules that drop channels of tokens.
     """
 
     attentions: tuple[SurveyedAttention, ...]
@@ -66,6 +68,7 @@ class Survey:
     capacity: tuple[SurveyedMixer, ...] = ()
     reads_types: bool = False
     uncounted_padding: bool = False
+    dropouts: tuple[SurveyedDropout, ...] = ()
 
     def check(self) -> None:
         """Stop where something is refused.
@@ -94,11 +97,12 @@ def survey(model: Any) -> Survey:
     most = most_positions(model)
     memory_len = probe_length(model, longer=True, most=most) if encoder_name(model) else 0
     recorder = Recorder(model, refused, memory_len)
-    probe = SurveyProbe(model, recorder)
-    with _survey_mode(model, recorder), calls(model) as running:
+    probe, dropouts = SurveyProbe(model, recorder), DropoutCalls(model, memory_len)
+    with _survey_mode(model, recorder), dropouts.noted(), calls(model) as running:
         try:
             with noting_unread_adapters(model, refused):
                 probe.run()
+            refused += dropouts.refused()
         except registry.UnreadAttentionError:
             raise
         except Exception as error:  # noqa: BLE001
@@ -120,6 +124,7 @@ def survey(model: Any) -> Survey:
         surveyed_capacity(model),
         probe.reads_types,
         probe.uncounted_padding,
+        dropouts.surveyed(),
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from dtcp.huggingface.quantized import quantized_problems
 from dtcp.huggingface.rotary_lengths import unread_lengths
+from dtcp.huggingface.token_dropouts import drops
 from dtcp.huggingface.version import too_old
 from dtcp.mixer_plan import dropout_of
 
@@ -28,7 +29,7 @@ def unsuited(model: Any) -> Iterator[str]:
         yield from quantized_problems(model)
     for part, module in model.named_modules():
         rate = dropout_of(module)
-        if rate:
+        if rate and not drops(module):
             yield (
                 f"{part} ({type(module).__name__}): dropout={rate} in training would depend on "
                 f"the mesh: set it to 0.0 in the config."

@@ -29,6 +29,7 @@ from dtcp.planner.subject import Subject
 from dtcp.planner.trace import OUTSIDE, Place, StepRecorder, Trace, follow_blocks
 from dtcp.sharded_batch import ShardedBatch
 from dtcp.style import MixerStyle
+from dtcp.token_dropout import leave_out_dropout
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ def _run(
 ) -> tuple[Trace, set[int]]:
     """What a step does, and the ids of the parameters that get a gradient."""
     model.train()
+    leave_out_dropout(model)  # which reads its tokens' keys, of a batch that is not drawn
     recorder = StepRecorder(sharded.attn_metadata, fake=True)
     recorder.ignore([*model.parameters(), *model.buffers(), *local.values()])
     gradients = _Gradients(recorder, model, plan)

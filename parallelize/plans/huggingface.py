@@ -31,6 +31,7 @@ from dtcp.huggingface.quantized import (
     whole_in_words,
 )
 from dtcp.huggingface.registry import MIXER, PROJECTION
+from dtcp.huggingface.token_dropouts import note_batches, split_over_tp
 from dtcp.huggingface.whole_weights import refuse_merging, refuse_whole_weights
 from dtcp.huggingface.zero_experts import compute_without_loop
 from dtcp.mixer import Mixer
@@ -126,9 +127,12 @@ def parallelize_hf(
     plan = hf_plan(model, survey, mesh, attention, expert_exchange)
     tell_experts_of_padding(model, find(model, plan.blocks), plan.ep)
     share_latents(model, survey, mesh, plan)
+    if mesh.tp is not None:
+        split_over_tp(model, mesh.tp)
     parallelize(
         model, mesh, plan, activation_checkpoint=activation_checkpoint, compile=compile, fsdp=fsdp
     )
+    note_batches(model, set(find(model, plan.blocks).values()))
     refuse_whole_weights(model)
     refuse_whole_weights(outer)
     return outer

@@ -26,6 +26,7 @@ from trl import (
 )
 from trl.experimental.orpo import ORPOTrainer
 
+from dtcp import TokenDropout
 from dtcp.distributed.gathered import free_gathered
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import WholeRows, shard_hf_batch
@@ -285,10 +286,14 @@ def test_trainer_launched_with_a_parallelism_of_accelerate_is_refused():
         check_launch(accelerator, ONE_RANK)
 
 
-def test_trainer_of_a_model_with_lora_dropout_is_refused(tmp_path):
+def test_trainer_takes_dropout_of_adapters_and_refuses_that_of_attention(tmp_path):
     config = LoraConfig(target_modules=["q_proj"], lora_dropout=0.05)
-    with pytest.raises(ValueError, match=r"lora_dropout.*dropout=0.05 in training would depend"):
-        MeshTrainer(get_peft_model(build("llama"), config), arguments(tmp_path), mesh=ONE_RANK)
+    trainer = MeshTrainer(
+        get_peft_model(build("llama"), config), arguments(tmp_path), mesh=ONE_RANK
+    )
+    assert any(isinstance(x, TokenDropout) for x in trainer.model.modules())
+    with pytest.raises(ValueError, match=r"dropout=0.1 in training would depend"):
+        MeshTrainer(build("llama", attention_dropout=0.1), arguments(tmp_path), mesh=ONE_RANK)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,156 @@
+"""Dropout of transformers' models and of adapters on a mesh, held against one device's by hand."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from dtcp.compile import count_graphs
+from dtcp.distributed.mesh import Degrees
+from dtcp.huggingface import causal_lm_loss, documents_of_hf_batch, survey
+from dtcp.parallelize import Compile, FullCheckpoint
+from dtcp.parallelize.plans.adapters import adapted_model
+from dtcp.token_dropout import TokenDropout
+from tests.harness.dropped import drop_by_token
+from tests.harness.hf_models import build
+from tests.harness.parity import assert_gradients, gradients, summed
+from tests.harness.spmd import spmd
+from tests.huggingface.test_huggingface import BOUND, PACKED, a_batch, assert_step_is, one_device
+from tests.huggingface.test_lora import DENSE, adapted, on_mesh_of
+
+SEED = 5
+HIDDEN = {
+    "gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.2, "embd_pdrop": 0.3},
+    "gpt_neox": {"hidden_dropout": 0.2},
+}
+
+
+def lora(targets=DENSE, kind="llama", **change):
+    return adapted(kind, targets, config={"lora_dropout": 0.3}, **change)
+
+
+def by_hand(model):
+    """Loss and gradients of one device, whose masks are worked out in numpy."""
+    batch = a_batch(PACKED)
+    places = [
+        (row, first)
+        for row, lengths in enumerate(documents_of_hf_batch(batch).lengths)
+        for first in np.cumsum((0, *lengths))[:-1]
+    ]
+    rows, first = (np.array(each)[:, None] for each in zip(*places, strict=True))
+    tokens = first + np.arange(max(map(max, PACKED)))
+    rows = rows + np.zeros_like(tokens)
+    torch.manual_seed(SEED)
+    seed = int(torch.randint(2**63 - 1, (1,)))
+    drop_by_token(adapted_model(model), seed, rows, tokens)
+    return one_device(model, batch), gradients(model)
+
+
+def assert_same_masks(model, reference, degrees, **options):
+    parallel, mesh = on_mesh_of(model, degrees, **options)
+    assert any(isinstance(x, TokenDropout) and x.p for x in parallel.modules())
+    expected = by_hand(reference)
+    torch.manual_seed(SEED + mesh.rank("cp"))  # Ranks go by the first one's.
+    assert_step_is(expected, parallel, mesh)
+
+
+@pytest.mark.parametrize("degrees", [Degrees(cp=2), Degrees(tp=2), Degrees(dp_shard=2)])
+@spmd(ranks=2)
+def test_lora_drops_by_token(mesh, degrees):
+    assert_same_masks(lora(), lora(), degrees)
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+@pytest.mark.parametrize("degrees", [Degrees(cp=2), Degrees(tp=2)])
+@spmd(ranks=2)
+def test_hidden_states_drop_by_token(mesh, kind, degrees):
+    assert_same_masks(build(kind, **HIDDEN[kind]), build(kind, **HIDDEN[kind]), degrees)
+
+
+@spmd(ranks=4)
+def test_lora_drops_by_token_on_cp_beside_tp_in_blocks_that_are_compiled_and_recomputed(mesh):
+    options = {"compile": Compile("aot_eager"), "activation_checkpoint": FullCheckpoint()}
+    assert_same_masks(lora(), lora(), Degrees(cp=2, tp=2), **options)
+
+
+@spmd(ranks=2)
+def test_blocks_that_transformers_recomputes_drop_the_same_again(mesh):
+    model = lora()
+    model.gradient_checkpointing_enable()
+    assert_same_masks(model, lora(), Degrees(cp=2))
+
+
+def test_what_would_not_drop_by_token_is_refused_by_name():
+    def refused(kind, head="CausalLM", **change):
+        return survey(build(kind, head=head, **change)).refused
+
+    unknown = build("llama")
+    unknown.model.drop = nn.Dropout(0.1)
+    (said,) = survey(unknown).refused
+    assert said.startswith("model.drop (Dropout): dropout=0.1 in training would depend on the mesh")
+    quiet = {"attention_probs_dropout_prob": 0.0}
+    (said,) = refused("opt", ffn_dim=48, word_embed_proj_dim=32, dropout=0.1)
+    assert "OPTForCausalLM is random in training" in said
+    shared = refused("albert", "MaskedLM", embedding_size=16, hidden_dropout_prob=0.1, **quiet)
+    assert any("albert_layer_groups.0 runs" in said for said in shared)
+
+
+def test_dropouts_of_other_adapters_of_a_layer_drop_by_token_too():
+    model = lora()
+    model.add_adapter("other", model.peft_config["default"])
+    found = survey(adapted_model(model))
+    assert not found.refused and len(found.dropouts) == 2 * 2 * len(DENSE)
+
+
+@spmd(ranks=1)
+def test_blocks_of_one_kind_that_drop_share_a_graph(mesh):
+    model, mesh = on_mesh_of(lora(num_hidden_layers=5), Degrees(), compile=Compile("aot_eager"))
+    with count_graphs() as counted:
+        for _ in range(2):
+            causal_lm_loss(model, a_batch(PACKED), mesh).backward()
+    assert counted.graphs == 2  # the first one's input has no gradient
+    before = torch.get_rng_state()
+    causal_lm_loss(model.eval(), a_batch(PACKED), mesh)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def encoder_and_decoder():
+    """T5 that drops hidden states, twice by one module; and so do adapters of its attention."""
+    options = {"d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    model = build("t5", head="Seq2SeqLM", d_model=32, dropout_rate=0.2, **options)
+    for module in model.modules():
+        if type(module).__name__ == "T5Attention":
+            module.dropout = 0.0  # The config has one rate for both.
+    return adapted(model=model, targets=("q", "k", "v", "o"), config={"lora_dropout": 0.3})
+
+
+@spmd(ranks=2)
+def test_two_sequences_drop_by_tokens_of_their_own(mesh):
+    """Cross attention's adapters of keys and values drop those of the encoder."""
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        key: torch.randint(1, 64, (2, length), generator=generator)
+        for key, length in (("input_ids", 24), ("labels", 20))
+    }
+    reference = encoder_and_decoder()
+    base = adapted_model(reference)
+    torch.manual_seed(SEED)
+    for part, length in (("encoder", 24), ("decoder", 20)):
+        drawn = int(torch.randint(2**63 - 1, (1,)))
+        places = np.indices((2, length))
+        drop_by_token(base.get_submodule(part), drawn, *places, prefix=f"{part}.")
+        if part == "encoder":
+            of_memory = drawn, *places
+    for name, module in base.named_modules():
+        if name.endswith(("EncDecAttention.k", "EncDecAttention.v")):
+            drop_by_token(module, *of_memory, prefix=f"{name}.")
+    expected = reference(**batch).loss
+    expected.backward()
+
+    model, mesh = on_mesh_of(encoder_and_decoder(), Degrees(cp=2))
+    torch.manual_seed(SEED)
+    loss = causal_lm_loss(model, batch, mesh)
+    loss.backward()
+    assert_close(summed(loss, mesh), expected.detach(), rtol=BOUND, atol=0.0)
+    assert_gradients(model, gradients(reference), BOUND)
