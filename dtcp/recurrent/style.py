@@ -16,12 +16,12 @@ from dtcp.recurrent.claimed import (
     ContextParallelLinearAttention,
 )
 from dtcp.recurrent.conv import halo_moved
-from dtcp.recurrent.linear import install_linear_rules
+from dtcp.recurrent.linear import LINEAR
 from dtcp.recurrent.metadata import SEGMENTED, chain_of, conv_metadata, delta_metadata, halo_route
 from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule, GatedLinearAttention, RecurrentMixer
 from dtcp.recurrent.moves import ChannelShape, DeltaShape, states_moved, states_passed
 from dtcp.recurrent.node_state_passing import NodeStatePassing
-from dtcp.recurrent.op import install_delta_rules
+from dtcp.recurrent.op import DELTA_RULE
 from dtcp.recurrent.state_exchange import (
     FEWEST_BYTES,
     FewestBytes,
@@ -57,8 +57,8 @@ class RecurrentStyle(MixerStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         self.check_one_axis(device_mesh)
-        install_delta_rules()
-        install_linear_rules()
+        DELTA_RULE.install_dtensor_rules()
+        LINEAR.install_dtensor_rules()
         return super()._apply(module, device_mesh)
 
 
