@@ -39,41 +39,41 @@ from dtcp.softmax.metadata import KeyExchangeMetadata, ring_metadata
 from dtcp.softmax.moves import AttentionShape, Peers
 from dtcp.softmax.op import AttentionOp, BackwardArguments, ForwardArguments
 from dtcp.softmax.ring import RING
-from dtcp.softmax.strategy import ForwardResult, OpContext, Strategy
+from dtcp.softmax.strategy import ForwardResult, OpContext
 
 
 class _ContiguousRows:
-    """A strategy on contiguous shards of one document per row; it makes its own metadata."""
+    """A ring on contiguous shards of one document per row; it makes its own metadata."""
 
     keeps_own_form = False
     takes_values_only = False
     takes_latents = False
 
-    def __init__(self, strategy: Strategy, mask: Mask) -> None:
-        self.strategy, self.mask = strategy, mask
+    def __init__(self, mask: Mask) -> None:
+        self.mask = mask
 
     def metadata_of(self, tensors: Sequence[Tensor]) -> NoMetadata:
         return NoMetadata()
 
     def forward(self, x: AttentionInputs, context: OpContext) -> ForwardResult:
-        return self.strategy.forward(x, self._with_metadata(x.q, context))
+        return RING.strategy.forward(x, self._with_metadata(x.q, context))
 
     def backward(
         self, grad_out: Tensor, x: AttentionInputs, result: ForwardResult, context: OpContext
     ) -> AttentionInputs:
-        return self.strategy.backward(grad_out, x, result, self._with_metadata(x.q, context))
+        return RING.strategy.backward(grad_out, x, result, self._with_metadata(x.q, context))
 
     def saved_like(
         self, x: AttentionInputs, metadata: NoMetadata, group_sizes: Sequence[int]
     ) -> list[Tensor]:
-        return self.strategy.saved_like(x, metadata, group_sizes)
+        return RING.strategy.saved_like(x, metadata, group_sizes)
 
     def moves(
         self, shape: AttentionShape, length: int, metadata: NoMetadata, peers: Peers
     ) -> Moves:
         n, rank = peers.num_ranks, peers.rank
         own = _contiguous_metadata(self.mask, n * length, n, rank, torch.device("cpu"))
-        return self.strategy.moves(shape, length, own, peers)
+        return RING.strategy.moves(shape, length, own, peers)
 
     def _with_metadata(self, q: Tensor, context: OpContext) -> OpContext:
         group = group_of(context.groups[0])
@@ -92,9 +92,9 @@ def _contiguous_metadata(
     return ring_metadata(layout, rank, KeyIntervals.of(mask, coords)).to(device)
 
 
-CAUSAL = AttentionOp("causal_sdpa", _ContiguousRows(RING.strategy, Causal()), communicates=True)
+CAUSAL = AttentionOp("causal_sdpa", _ContiguousRows(Causal()), communicates=True)
 BIDIRECTIONAL = AttentionOp(
-    "bidirectional_sdpa", _ContiguousRows(RING.strategy, Bidirectional()), communicates=True
+    "bidirectional_sdpa", _ContiguousRows(Bidirectional()), communicates=True
 )
 
 
