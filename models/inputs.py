@@ -1,4 +1,4 @@
-"""What a model is called with, held against itself before the first layer."""
+"""What a model is made with and called with, held against itself before the first layer."""
 
 import torch
 from torch import Tensor
@@ -23,6 +23,15 @@ def check_model_inputs(
     """
     check_ids(model, input_ids, vocab_size)
     check_positions(model, position_ids, input_ids.shape, axes=axes)
+
+
+def check_heads(config: str, num_heads: int, num_kv_heads: int) -> None:
+    """Refuse query heads that kv heads are not shared evenly among."""
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"{config} shares each kv head among equally many query heads, got num_heads="
+            f"{num_heads}, num_kv_heads={num_kv_heads}: make num_heads a multiple of num_kv_heads."
+        )
 
 
 def check_ids(model: str, input_ids: Tensor, vocab_size: int) -> None:

@@ -86,10 +86,7 @@ def parse_metadata(data: bytes, path: Path) -> Metadata:
     try:
         return _metadata(parser.load(), parser.classes)
     except NamesCode as error:
-        raise ValueError(
-            f"A checkpoint holds data and no code, got {path}, which names {error}: nothing of it "
-            f"was run; do not use this folder unless you know where it comes from."
-        ) from error
+        raise _holds_code(path, error) from error
     except UNREADABLE as error:
         raise ValueError(f"{path} is cut short or damaged ({error or type(error).__name__})") from (
             error
@@ -260,9 +257,13 @@ def refuse_code(data: bytes, subject: str) -> None:
     try:
         DataUnpickler(io.BytesIO(data)).load()
     except NamesCode as error:
-        raise ValueError(
-            f"A checkpoint holds data and no code, got {subject}, which names {error}: nothing of "
-            f"it was run; do not use this folder unless you know where it comes from."
-        ) from error
+        raise _holds_code(subject, error) from error
     except UNREADABLE:
         return
+
+
+def _holds_code(subject: str | Path, error: NamesCode) -> ValueError:
+    return ValueError(
+        f"A checkpoint holds data and no code, got {subject}, which names {error}: nothing of it "
+        f"was run; do not use this folder unless you know where it comes from."
+    )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from dtcp.models.gemma4.rope import ProportionalRope
+from dtcp.models.inputs import check_heads
 from dtcp.models.moe import check_top_k
 from dtcp.sequence.masks import BlockBidirectional, Causal, Mask, SlidingWindow
 
@@ -96,12 +97,7 @@ class Gemma4Config:
 
     def __post_init__(self) -> None:
         for shape in (self.sliding_heads, self.global_heads):
-            if self.num_heads % shape.num_kv_heads:
-                raise ValueError(
-                    f"Gemma4Config shares each kv head among equally many query heads, got "
-                    f"num_heads={self.num_heads}, num_kv_heads={shape.num_kv_heads}: make "
-                    f"num_heads a multiple of num_kv_heads."
-                )
+            check_heads("Gemma4Config", self.num_heads, shape.num_kv_heads)
         if self.num_shared_layers and not set(self.layer_types) <= set(self.own_kv_layer_types):
             raise ValueError(
                 f"Gemma4Config shares the keys of a layer of the same type, got "

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dtcp.models.inputs import check_heads
 from dtcp.models.rope import Llama3Scaling, Rope
 
 
@@ -31,12 +32,7 @@ class LlamaConfig:
     tied: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"LlamaConfig shares each kv head among equally many query heads, got "
-                f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}: make num_heads "
-                f"a multiple of num_kv_heads."
-            )
+        check_heads("LlamaConfig", self.num_heads, self.num_kv_heads)
 
     @property
     def rope(self) -> Rope:

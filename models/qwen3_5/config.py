@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dtcp.models.inputs import check_heads
 from dtcp.models.moe import check_top_k
 from dtcp.models.qwen3_5.rope import InterleavedRope
 
@@ -80,12 +81,7 @@ class Qwen35Config:
     tied: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"Qwen35Config shares each kv head among equally many query heads, got "
-                f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}: make num_heads "
-                f"a multiple of num_kv_heads."
-            )
+        check_heads("Qwen35Config", self.num_heads, self.num_kv_heads)
         if self.num_mtp_layers not in (0, 1):
             raise ValueError(
                 f"Qwen3.5 predicts one more token with one more layer, got "
