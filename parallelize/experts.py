@@ -40,7 +40,7 @@ class ExpertTensorParallel(ParallelStyle):
                 f"{self} splits a dtcp.models.moe.Experts, got a {type(module).__name__}: name the "
                 f"experts themselves in the plan."
             )
-        check_channels(module, device_mesh.size())
+        _check_channels(module, device_mesh.size())
         for name, placement in HIDDEN_CHANNELS.items():
             distribute_parameter(module, name, device_mesh, placement)
         module.__class__ = _TensorParallelExperts
@@ -48,7 +48,7 @@ class ExpertTensorParallel(ParallelStyle):
         return module
 
 
-def check_channels(experts: Experts, tp: int) -> None:
+def _check_channels(experts: Experts, tp: int) -> None:
     """Refuse a number of hidden channels that the ranks of tp cannot share equally."""
     channels = experts.gate.shape[1]
     if channels % tp:
@@ -100,7 +100,7 @@ class ExpertParallel(SpreadStyle):
         exchange = self.token_exchange(module.num_experts, device_mesh)
         mesh = device_mesh if self.split_over is None else self.split_over
         if mesh.ndim > 1:
-            check_channels(module, mesh.size(1))
+            _check_channels(module, mesh.size(1))
         for name, channels in HIDDEN_CHANNELS.items():
             distribute_parameter(module, name, mesh, *(Shard(0), channels)[: mesh.ndim])
         module.__class__ = _SpreadExperts

@@ -113,7 +113,7 @@ def weight_groups(model: Any, files: Mapping[str, Tensor]) -> tuple[list[WeightG
         rename_source_key,
     )
 
-    with own_classes(model):
+    with _own_classes(model):
         rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -146,7 +146,7 @@ class SavedGroup:
         """Whole weights by their names in files."""
         from transformers.core_model_loading import revert_weight_conversion
 
-        with own_classes(model):
+        with _own_classes(model):
             reverted = revert_weight_conversion(model, dict(whole))
         # Parts of one tensor share its memory, which files do not.
         return {
@@ -171,7 +171,7 @@ def saved_groups(model: Any, names: Sequence[str]) -> list[SavedGroup]:
 
 
 @contextmanager
-def own_classes(model: Any) -> Iterator[None]:
+def _own_classes(model: Any) -> Iterator[None]:
     """Inside, modules that FSDP has wrapped are of their own classes again.
 
     transformers looks rules up by the names and places of classes, and takes FSDP's for code of a
@@ -196,6 +196,6 @@ def _rules_of_saving(model: Any) -> list[Any]:
     own = getattr(model, "_weight_conversions", None)
     if own is not None:
         return list(own)
-    with own_classes(model):
+    with _own_classes(model):
         rules = get_model_conversion_mapping(model, add_legacy=False)
     return [rule for rule in rules if not isinstance(rule, PrefixChange)]

@@ -31,7 +31,7 @@ class MemoryEstimate:
     def of(cls, parameters: int, ranks: int, *, compiles: bool) -> "MemoryEstimate":
         tensors = BYTES * parameters * (1 + COPIES * ranks)
         processes = ranks * (PROCESS + COMPILER * compiles)
-        return cls(parameters, ranks, tensors + processes, free_memory())
+        return cls(parameters, ranks, tensors + processes, _free_memory())
 
     def __str__(self) -> str:
         return (
@@ -54,7 +54,7 @@ class MemoryEstimate:
             )
 
 
-def free_memory() -> int:
+def _free_memory() -> int:
     """Bytes that this process and its children may still take: of the machine, of its cgroup."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if _MEMINFO.exists():

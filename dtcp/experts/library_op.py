@@ -18,7 +18,7 @@ from dtcp.experts.moves import moved_rows
 from dtcp.experts.op import own_share
 
 
-def dispatch_moves(x: Tensor, counts: Tensor, group: str, *_: Any) -> Moved:
+def _dispatch_moves(x: Tensor, counts: Tensor, group: str, *_: Any) -> Moved:
     """Of rows to the ranks of experts; what a library sends besides is not counted.
 
     Args:
@@ -28,7 +28,7 @@ def dispatch_moves(x: Tensor, counts: Tensor, group: str, *_: Any) -> Moved:
     return moved_rows(x, send, receive, group)
 
 
-def combine_moves(x: Tensor, counts: Tensor, group: str, *_: Any) -> Moved:
+def _combine_moves(x: Tensor, counts: Tensor, group: str, *_: Any) -> Moved:
     """Of rows on their way back."""
     send, receive = counts.tolist()
     return moved_rows(x, receive, send, group)
@@ -38,7 +38,7 @@ def _record(op: str, moved: Moved, group: str) -> None:
     count_crossed(f"dtcp::{op}", group, moved.sent, moved.received)
 
 
-@communicating_op("dtcp::library_dispatch", moves=dispatch_moves)
+@communicating_op("dtcp::library_dispatch", moves=_dispatch_moves)
 def library_dispatch(
     x: Tensor,
     counts: Tensor,
@@ -57,7 +57,7 @@ def library_dispatch(
     Returns:
         rows [R, D] by expert, what each weighs [R], ends [E / n] int32, and the packed handle.
     """
-    _record("library_dispatch", dispatch_moves(x, counts, group), group)
+    _record("library_dispatch", _dispatch_moves(x, counts, group), group)
     own = own_share(index, num_experts, shared_by)
     rows, weights, ends, handle = library_of(library, group).dispatch(x, own, weight, num_experts)
     return rows, weights, ends, *pack_handle(handle)
@@ -77,7 +77,7 @@ def _(x: Tensor, counts: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, 
     )
 
 
-@communicating_op("dtcp::library_combine", moves=combine_moves)
+@communicating_op("dtcp::library_combine", moves=_combine_moves)
 def library_combine(
     rows: Tensor,
     counts: Tensor,
@@ -94,7 +94,7 @@ def library_combine(
         layout, numbers: the packed handle of library_dispatch.
         like: [R], as many as there are rows.
     """
-    _record("library_combine", combine_moves(rows, counts, group), group)
+    _record("library_combine", _combine_moves(rows, counts, group), group)
     return library_of(library, group).combine(rows, unpack_handle(layout, numbers))
 
 
@@ -103,7 +103,7 @@ def _(rows: Tensor, *others: Any) -> Tensor:
     return rows.new_empty(others[-1], rows.shape[1])
 
 
-@communicating_op("dtcp::library_dispatch_backward", moves=combine_moves)
+@communicating_op("dtcp::library_dispatch_backward", moves=_combine_moves)
 def _library_dispatch_backward(
     rows: Tensor,
     counts: Tensor,
@@ -116,7 +116,7 @@ def _library_dispatch_backward(
     num_experts: int,
     shared_by: str,
 ) -> tuple[Tensor, Tensor]:
-    _record("library_dispatch_backward", combine_moves(rows, counts, group), group)
+    _record("library_dispatch_backward", _combine_moves(rows, counts, group), group)
     own, handle = own_share(index, num_experts, shared_by), unpack_handle(layout, numbers)
     x, weight = library_of(library, group).combine_weights(rows, weights, own, handle)
     # Of choices that were not routed a library may leave anything.
@@ -129,7 +129,7 @@ def _(rows: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return rows.new_empty(index.shape[0], rows.shape[1]), weights.new_empty(index.shape)
 
 
-@communicating_op("dtcp::library_combine_backward", moves=dispatch_moves)
+@communicating_op("dtcp::library_combine_backward", moves=_dispatch_moves)
 def _library_combine_backward(
     grad: Tensor,
     counts: Tensor,
@@ -139,7 +139,7 @@ def _library_combine_backward(
     numbers: Tensor,
     like: Tensor,
 ) -> Tensor:
-    _record("library_combine_backward", dispatch_moves(grad, counts, group), group)
+    _record("library_combine_backward", _dispatch_moves(grad, counts, group), group)
     return library_of(library, group).dispatch_again(grad, unpack_handle(layout, numbers))
 
 

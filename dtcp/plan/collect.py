@@ -70,7 +70,7 @@ def collect(folder: Path) -> Collected:
     plan = _plan_of(folder)
     runs, missing = [], []
     for name, planned in plan["runs"].items():
-        measured = measured_of(folder / name)
+        measured = _measured_of(folder / name)
         if measured:
             runs.append(CollectedRun(name, planned, measured))
         else:
@@ -110,7 +110,7 @@ def _plan_of(folder: Path) -> dict[str, Any]:
     return plan
 
 
-def measured_of(folder: Path) -> dict[str, float]:
+def _measured_of(folder: Path) -> dict[str, float]:
     """Medians over a run's steps, without those that compile; nothing where there is no log.
 
     Raises:
@@ -189,7 +189,7 @@ def mfu(run: CollectedRun, cluster: Cluster) -> float:
     return run.planned["model_flops"] / run.measured["seconds"] / cluster.flops
 
 
-def bytes_ratio(run: CollectedRun) -> float:
+def _bytes_ratio(run: CollectedRun) -> float:
     """Bytes counted over those that the batches of the run were expected to move."""
     expected = run.measured["expected_bytes"]
     return run.measured["cp_bytes"] / expected if expected else 1.0
@@ -216,7 +216,7 @@ def collected_lines(found: Collected) -> list[str]:
             f"{planned['tokens_per_second']:9,.0f} {measured['seconds']:7.2f} "
             f"{refitted_seconds(run, found.refitted):7.2f} {mfu(run, found.cluster):6.1%} "
             f"{measured['memory_gib']:6.2f} {planned['memory_gib']:8.2f} "
-            f"{measured['cp_bytes'] / 1e6:10.2f} {bytes_ratio(run):12.3f}"
+            f"{measured['cp_bytes'] / 1e6:10.2f} {_bytes_ratio(run):12.3f}"
         )
     lines += [f"{name:<20} has no log" for name in found.missing]
     before, after = found.cluster, found.refitted

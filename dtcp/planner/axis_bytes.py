@@ -44,15 +44,15 @@ def torch_bytes(step: StepNumbers, setup: Setup) -> dict[str, AxisBytes]:
         if size:
             times = size * step.times(place.part) * setup.micro_batches
             by_axis[axis] += AxisBytes(*((0, times) if place.backward else (times, 0)))
-    by_axis["fsdp"] += weight_bytes(step, setup, spread=False)
+    by_axis["fsdp"] += _weight_bytes(step, setup, spread=False)
     if setup.degrees.ep > 1:
-        by_axis["edp"] += weight_bytes(step, setup, spread=True)
+        by_axis["edp"] += _weight_bytes(step, setup, spread=True)
     if setup.degrees.dp_replicate > 1:
-        by_axis["dp_replicate"] += replica_bytes(step, setup)
+        by_axis["dp_replicate"] += _replica_bytes(step, setup)
     return dict(by_axis)
 
 
-def weight_bytes(step: StepNumbers, setup: Setup, *, spread: bool) -> AxisBytes:
+def _weight_bytes(step: StepNumbers, setup: Setup, *, spread: bool) -> AxisBytes:
     """Gathers of every unit, once more before backward where it was freed; gradients summed.
 
     Args:
@@ -70,7 +70,7 @@ def weight_bytes(step: StepNumbers, setup: Setup, *, spread: bool) -> AxisBytes:
     return AxisBytes(there, back).times(setup.micro_batches)
 
 
-def replica_bytes(step: StepNumbers, setup: Setup) -> AxisBytes:
+def _replica_bytes(step: StepNumbers, setup: Setup) -> AxisBytes:
     """Summed shards of gradients are summed between replicas, as an all-reduce moves them."""
     degrees, replicas = setup.degrees, setup.degrees.dp_replicate
     back = 0

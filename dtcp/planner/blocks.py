@@ -57,7 +57,7 @@ class SkippedBlock(nn.Module):
             raise
 
 
-def block_kinds(blocks: Mapping[str, nn.Module]) -> list[BlockKind]:
+def _block_kinds(blocks: Mapping[str, nn.Module]) -> list[BlockKind]:
     """Group blocks by their modules, settings and parameters, in the order of the model."""
     kinds: dict[Any, BlockKind] = {}
     for name, block in blocks.items():
@@ -70,7 +70,7 @@ def block_kinds(blocks: Mapping[str, nn.Module]) -> list[BlockKind]:
 def keep_one_of_each(model: nn.Module, plan: ParallelPlan) -> tuple[list[BlockKind], ParallelPlan]:
     """Leave one block of each kind in the model, and what still applies in its plan."""
     blocks = find(model, plan.blocks)
-    kinds = block_kinds(blocks)
+    kinds = _block_kinds(blocks)
     for kind in kinds:
         _count_members(kind, blocks[kind.name])
         for mixer in mixers_of(blocks[kind.name]):

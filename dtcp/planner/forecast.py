@@ -179,20 +179,20 @@ def forecast_row(subject: Subject, setup: Setup, chosen: Sequence[int]) -> RowFo
     """One row's ranks: what does not depend on how many rows there are, nor on who has weights."""
     degrees = row_degrees(setup.degrees)
     with captured_warnings() as said, fake_ranks(degrees.world, chosen[0] * degrees.tp):
-        step = trace_step(subject, row_mesh(degrees, row_ranks_per_node(setup)), setup)
-        forecasts = [rank_forecast(step, chosen[0], step.sharded.attn_metadata)]
+        step = trace_step(subject, _row_mesh(degrees, row_ranks_per_node(setup)), setup)
+        forecasts = [_rank_forecast(step, chosen[0], step.sharded.attn_metadata)]
         experts = expert_moves(step)
         note_other_groups(step)
     for rank in chosen[1:]:
         # Of other ranks only what they move over cp is asked.
         with fake_ranks(degrees.cp, rank):
-            groups = _groups_here(step, row_mesh(Degrees(cp=degrees.cp)))
-            forecasts.append(rank_forecast(step, rank, metadata_of(step, rank), groups))
-    lines, layout = tuple(style_lines(step)), step.sharded.layout
+            groups = _groups_here(step, _row_mesh(Degrees(cp=degrees.cp)))
+            forecasts.append(_rank_forecast(step, rank, metadata_of(step, rank), groups))
+    lines, layout = tuple(_style_lines(step)), step.sharded.layout
     return RowForecast(step.numbers(), tuple(forecasts), experts, lines, tuple(said), layout)
 
 
-def row_mesh(degrees: Degrees, ranks_per_node: int = 0) -> ParallelMesh:
+def _row_mesh(degrees: Degrees, ranks_per_node: int = 0) -> ParallelMesh:
     """A mesh of the axes that have ranks; one of one rank would take a group for each rank."""
     wide = [axis for axis in AXES if getattr(degrees, axis) > 1]
     # Weights of experts need an axis of other weights beside theirs.
@@ -205,7 +205,7 @@ def row_mesh(degrees: Degrees, ranks_per_node: int = 0) -> ParallelMesh:
     )
 
 
-def style_lines(step: TracedStep) -> Iterator[str]:
+def _style_lines(step: TracedStep) -> Iterator[str]:
     """What carries out the mixers of each kind of block."""
     for kind in step.kinds:
         block = step.model.get_submodule(kind.name)
@@ -284,7 +284,7 @@ def metadata_of(step: TracedStep, rank: int) -> BatchMetadata:
     return BatchMetadata(by_key)
 
 
-def rank_forecast(
+def _rank_forecast(
     step: TracedStep, rank: int, metadata: BatchMetadata, groups: Mapping[str, str] = NO_GROUPS
 ) -> RankForecast:
     """What a rank's mixers move and compute, of a batch's metadata; the group is this rank's.

@@ -76,7 +76,7 @@ def _figure(height: float = 3.4) -> tuple[Any, Any]:
 
 def _tokens(best: Candidate) -> Any:
     setup = best.setup
-    layout = layout_of(best)
+    layout = _layout_of(best)
     ranks = range(min(layout.num_shards, MOST_RANKS))
     figure, axes = _figure(1.2 + 0.28 * len(ranks))
     for rank in ranks:
@@ -94,7 +94,7 @@ def _tokens(best: Candidate) -> Any:
     return figure
 
 
-def layout_of(best: Candidate) -> SequenceLayout:
+def _layout_of(best: Candidate) -> SequenceLayout:
     """The layout of the batch's first row."""
     layout = best.forecast.layout
     assert layout is not None

@@ -178,7 +178,7 @@ def detail_lines(candidate: Candidate, cluster: Cluster) -> list[str]:
             f"{axis:<11} {moved.forward / GB:.2f} GB received forward, {moved.backward / GB:.2f} "
             f"backward, a step"
         )
-    for axis, crossing in crossing_bytes(forecast, cluster).items():
+    for axis, crossing in _crossing_bytes(forecast, cluster).items():
         lines += [
             f"            of {axis}'s, {crossing.forward / GB:.2f} GB forward and "
             f"{crossing.backward / GB:.2f} backward come from other nodes"
@@ -203,7 +203,7 @@ def detail_lines(candidate: Candidate, cluster: Cluster) -> list[str]:
     return lines
 
 
-def crossing_bytes(forecast: Forecast, cluster: Cluster) -> dict[str, AxisBytes]:
+def _crossing_bytes(forecast: Forecast, cluster: Cluster) -> dict[str, AxisBytes]:
     """Bytes a step that come from other nodes, of the axes whose exchanges are dtcp's."""
     if cluster.nodes == 1:
         return {}
@@ -256,7 +256,7 @@ def _candidate_json(candidate: Candidate, cluster: Cluster) -> dict[str, Any]:
         "tokens_per_second": candidate.tokens_per_second,
         "memory": {**forecast.memory.parts(), "total": forecast.memory.total},
         "received": _bytes_json(axes),
-        "from_other_nodes": _bytes_json(crossing_bytes(forecast, cluster)),
+        "from_other_nodes": _bytes_json(_crossing_bytes(forecast, cluster)),
         "ranks_per_node": setup.ranks_per_node,
         "seconds": {
             "total": time.total,

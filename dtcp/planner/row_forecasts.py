@@ -46,7 +46,7 @@ class RowForecasts:
         """Raises ValueError, TypeError: the model does not take this setup."""
         key = _key(setup)
         if key not in self._known:
-            self._known[key] = forecast_or_refusal(self.subject, setup)
+            self._known[key] = _forecast_or_refusal(self.subject, setup)
         return _or_raise(self._known[key])
 
     def prepare(self, setups: Iterable[Setup]) -> None:
@@ -57,7 +57,7 @@ class RowForecasts:
         for setup in setups:
             key = _key(setup)
             if key not in self._known and key not in running:
-                running[key] = self._pool.submit(forecast_or_refusal, self.subject, setup)
+                running[key] = self._pool.submit(_forecast_or_refusal, self.subject, setup)
         self._known.update((key, future.result()) for key, future in running.items())
 
     def close(self) -> None:
@@ -116,7 +116,7 @@ class RowForecasts:
         return plans[0] != plans[1]
 
 
-def forecast_or_refusal(subject: Subject, setup: Setup) -> Outcome:
+def _forecast_or_refusal(subject: Subject, setup: Setup) -> Outcome:
     """A forecast of a row, or why there is none."""
     return _or_refusal(
         subject, lambda: forecast_row(subject, setup, chosen_ranks(setup.degrees.cp))

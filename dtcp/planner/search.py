@@ -165,7 +165,7 @@ class Planner:
         A larger cp computes as much and moves more; memory falls as it grows, so it is found by
         halves.
         """
-        columns = columns_of(setups)
+        columns = _columns_of(setups)
         spans = {key: (0, len(column)) for key, column in columns.items()}
         while middles := {key: sum(span) // 2 for key, span in spans.items() if span[0] < span[1]}:
             self.row_forecasts.prepare(columns[key][middle] for key, middle in middles.items())
@@ -183,7 +183,7 @@ class Planner:
     def has_room(self) -> bool:
         """Whether any mesh fits, in its plain way."""
         worth, _ = self.sift(self.space.plain(degrees) for degrees in self.space.meshes())
-        columns = list(columns_of(worth).values())
+        columns = list(_columns_of(worth).values())
         # The largest cp that is not refused needs least; what leaves most room first.
         columns.sort(key=lambda column: self.row_forecasts.least(column[-1]))
         for column in columns:
@@ -218,7 +218,7 @@ class Planner:
         return worth, Search((), tuple(refused), tuple(large))
 
 
-def columns_of(setups: Iterable[Setup]) -> dict[tuple[int, int, bool], list[Setup]]:
+def _columns_of(setups: Iterable[Setup]) -> dict[tuple[int, int, bool], list[Setup]]:
     """Setups whose meshes differ in cp and the data-parallel axes alone, by cp."""
     columns: dict[tuple[int, int, bool], list[Setup]] = {}
     for setup in sorted(setups, key=lambda setup: setup.degrees.cp):

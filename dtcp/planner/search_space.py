@@ -86,7 +86,7 @@ class SearchSpace:
             micro_batches=self.workload.rows // data,
             precision=self.workload.precision,
             reshard=self.workload.reshard,
-            ranks_per_node=nodes_for(self.cluster, degrees),
+            ranks_per_node=_nodes_for(self.cluster, degrees),
             **settled,
         )
 
@@ -115,7 +115,7 @@ class SearchSpace:
             yield replace(plain, documents=two, micro_batches=plain.micro_batches // 2)
 
 
-def nodes_for(cluster: Cluster, degrees: Degrees) -> int:
+def _nodes_for(cluster: Cluster, degrees: Degrees) -> int:
     """Ranks of a node as a run on this mesh has them: 0 for one tier, where nodes cut cp unevenly.
 
     Of one node, too.

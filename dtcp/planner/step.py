@@ -129,7 +129,7 @@ def trace_step(subject: Subject, mesh: ParallelMesh, setup: Setup) -> TracedStep
     restore_tied_parameters(model, tied)
     local, sharded = subject.batch(model, mesh, setup.layout, setup.documents)
     read = metadata_tensors(sharded.attn_metadata)
-    inputs = bytes_of([*local.values(), *read, *placed.model.buffers()])
+    inputs = _bytes_of([*local.values(), *read, *placed.model.buffers()])
     with fake:
         local = {key: fake.from_tensor(x) for key, x in local.items()}
     names = [kind.name for kind in kinds]
@@ -160,7 +160,7 @@ def _whole(model: nn.Module, kinds: Sequence[BlockKind]) -> int:
     return total
 
 
-def bytes_of(tensors: Iterable[Tensor]) -> int:
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
     """Bytes of some tensors' memory, each piece counted once."""
     storages = [x.untyped_storage() for x in tensors]
     return sum({storage_key(each): each.nbytes() for each in storages}.values())

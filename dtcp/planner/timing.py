@@ -42,7 +42,7 @@ def step_time(forecast: Forecast, cluster: Cluster) -> StepTime:
     matmuls = sum(forecast.matmul_flops.values()) * times / (cluster.flops * cluster.matmul)
     rate = cluster.flops * cluster.mixer
     ranks = [
-        (rank.flops * times / rate, cp_seconds(forecast, rank, cluster)) for rank in forecast.ranks
+        (rank.flops * times / rate, _cp_seconds(forecast, rank, cluster)) for rank in forecast.ranks
     ]
     # All wait for the slowest; its compute and its transfers are one rank's.
     ring = isinstance(setup.attention, RingAttention) or (
@@ -58,13 +58,13 @@ def step_time(forecast: Forecast, cluster: Cluster) -> StepTime:
     exposed = {
         "cp": max(0.0, cp - mixers) if ring else cp,
         "tp": tp,
-        "ep": ep_seconds(forecast, cluster),
+        "ep": _ep_seconds(forecast, cluster),
         "fsdp": max(0.0, fsdp - matmuls - mixers),
     }
     return StepTime(matmuls, mixers, exposed)
 
 
-def cp_seconds(forecast: Forecast, rank: RankForecast, cluster: Cluster) -> float:
+def _cp_seconds(forecast: Forecast, rank: RankForecast, cluster: Cluster) -> float:
     """Transfers of the axis cp: the network's part and the node's."""
     setup = forecast.setup
     crossing = rank.crossing(setup.degrees.tp, cluster.ranks_per_node).total
@@ -82,7 +82,7 @@ def _axes_of_weights(degrees: Degrees) -> dict[str, tuple[int, int]]:
     }
 
 
-def ep_seconds(forecast: Forecast, cluster: Cluster) -> float:
+def _ep_seconds(forecast: Forecast, cluster: Cluster) -> float:
     """Tokens to experts and back: the network's part and the node's."""
     received = forecast.by_axis.get("ep", AxisBytes()).total
     crossing = forecast.crossing_ep(cluster.ranks_per_node).total

@@ -200,7 +200,7 @@ class StepRecorder(TorchDispatchMode):
         elif name.startswith("dtcp::"):
             self._note_call(func, args, kwargs)
         elif name.startswith(("_c10d_functional::", "c10d::")):
-            group, size = collective_bytes(func, args, kwargs)
+            group, size = _collective_bytes(func, args, kwargs)
             self.trace.collectives[self.place, group] += size
         elif (count := flop_registry.get(packet_of(func))) is not None:
             self.trace.flops[self.place] += count(*args, **kwargs, out_val=out)
@@ -253,7 +253,7 @@ def _is_trial(out: Any) -> bool:
     return any(type(x) is Tensor and x.device.type == "meta" for x in flat_leaves(out)[0])
 
 
-def collective_bytes(func: OpOverload, args: Any, kwargs: Any) -> tuple[str, int]:
+def _collective_bytes(func: OpOverload, args: Any, kwargs: Any) -> tuple[str, int]:
     """(name of the group, bytes that a rank receives) of one of torch's collectives.
 
     All-gather: the others' parts. Reduce-scatter: the others' summands of the own part. All-reduce:

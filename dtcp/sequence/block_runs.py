@@ -32,14 +32,14 @@ def vision_blocks(mm_token_type_ids: Tensor) -> Tensor:
         mm_token_type_ids: [B, S], 1 for an image token, 2 for a video token, as transformers'
             processors give them; audio and text are in no block.
     """
-    check_types(mm_token_type_ids)
+    _check_types(mm_token_type_ids)
     vision = (mm_token_type_ids == VISION[0]) | (mm_token_type_ids == VISION[1])
     starts = vision.clone()
     starts[:, 1:] &= ~vision[:, :-1]
     return torch.where(vision, starts.cumsum(1) - 1, -1)
 
 
-def check_types(mm_token_type_ids: Tensor) -> None:
+def _check_types(mm_token_type_ids: Tensor) -> None:
     """Refuse what is no type of each token, [B, S]."""
     kinds = {"mm_token_type_ids": mm_token_type_ids}
     check_tensor("Blocks of images", shape="[B, S]", ndim=2, dtypes=WHOLE_NUMBERS, **kinds)
@@ -53,7 +53,7 @@ class TokenTypes:
     """
 
     def __init__(self, types: Tensor) -> None:
-        check_types(types)
+        _check_types(types)
         self.types = types
 
     @cached_property

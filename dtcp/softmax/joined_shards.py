@@ -80,7 +80,7 @@ def joined(layout: SequenceLayout, num_shards: int) -> SequenceLayout:
     return Ascending(layout.seq_len, num_shards, of=layout)
 
 
-def reorder_indices(layout: SequenceLayout, num_shards: int, shard: int) -> tuple[Tensor, Tensor]:
+def _reorder_indices(layout: SequenceLayout, num_shards: int, shard: int) -> tuple[Tensor, Tensor]:
     """Slots of a joined shard in ascending position, and the way back; empty if they ascend.
 
     Whether they do is a matter of the kind of layout: the graph is the same for every batch.
@@ -109,7 +109,7 @@ def ulysses_metadata(
         outer: what the strategy between the groups reads.
         ranks_per_node: neighbours that share a node; 0: nobody has said.
     """
-    order, restore = reorder_indices(layout, num_shards, shard)
+    order, restore = _reorder_indices(layout, num_shards, shard)
     nodes = torch.full((int(1 < ranks_per_node < layout.num_shards),), ranks_per_node)
     own = UlyssesMetadata(order=order, restore=restore, outer=outer, ranks_per_node=nodes)
     if keys is None:

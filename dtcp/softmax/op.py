@@ -106,8 +106,8 @@ class AttentionOp:
             partial(communicating_op, moves=moves) if communicates else local_op
             for moves in (self._forward_moves, self._backward_moves)
         )
-        forward = schema_of(ForwardArguments, "(Tensor, Tensor[])")
-        backward = schema_of(
+        forward = _schema_of(ForwardArguments, "(Tensor, Tensor[])")
+        backward = _schema_of(
             BackwardArguments, f"({', '.join(['Tensor'] * len(AttentionInputs._fields[:-1]))})"
         )
         self.forward = make(f"dtcp::{name}", schema=forward)(self._forward)
@@ -201,7 +201,7 @@ class AttentionOp:
                     continue
                 # By heads, queries and keys are as many times as many.
                 length = own.shape[1] * tokens[1] // x.q.shape[1]
-                width = own.shape[-1] if index else query_width(x.inputs)
+                width = own.shape[-1] if index else _query_width(x.inputs)
                 empty[index] = own.new_empty((tokens[0], length, size, width))
         return tuple(empty)
 
@@ -223,7 +223,7 @@ class AttentionOp:
         batch, length, heads, value_dim = x.grad_out.shape
         # q, k and v may be by heads here, of more tokens and fewer heads.
         own = AttentionShape.of(x.q, x.k, x.v, x.up, beside=x.inputs.beside_queries)
-        width = query_width(x.inputs) if self.strategy.keeps_own_form else own.key_dim
+        width = _query_width(x.inputs) if self.strategy.keeps_own_form else own.key_dim
         shape = replace(own, batch=batch, heads=heads, kv_heads=x.kv_heads, key_dim=width)
         return self._moves(shape, length, x).backward
 
@@ -291,7 +291,7 @@ class AttentionOp:
         return tuple(grads.get(name) for name in ForwardArguments._fields)
 
 
-def schema_of(arguments: type[Any], returns: str) -> str:
+def _schema_of(arguments: type[Any], returns: str) -> str:
     """The schema of an op whose arguments are the fields of a NamedTuple, by name and type."""
     spelled: dict[Any, str] = {
         Tensor: "Tensor",
@@ -308,7 +308,7 @@ def schema_of(arguments: type[Any], returns: str) -> str:
     return f"({', '.join(f'{spelled[kind]} {name}' for name, kind in fields)}) -> {returns}"
 
 
-def query_width(x: AttentionInputs) -> int:
+def _query_width(x: AttentionInputs) -> int:
     """Channels of a query by heads, beside which others came (ulysses.py)."""
     return x.q.shape[-1] - sum(each.shape[-1] for each in x.beside_queries)
 

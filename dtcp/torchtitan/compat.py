@@ -61,7 +61,7 @@ class CpuDevice:
         return SimpleNamespace(total_memory=pages * page)
 
     def memory_stats(self, device: torch.device | None = None) -> dict[str, int]:
-        peak = resident_peak()
+        peak = _resident_peak()
         return {
             "active_bytes.all.peak": peak,
             "reserved_bytes.all.peak": peak,
@@ -74,7 +74,7 @@ class CpuDevice:
     def empty_cache(self) -> None: ...
 
 
-def resident_peak() -> int:
+def _resident_peak() -> int:
     """Bytes of the largest resident set this process ever had."""
     # ru_maxrss counts KiB on Linux and bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024

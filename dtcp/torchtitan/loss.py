@@ -24,7 +24,7 @@ class TokenLoss(BaseLoss):
         """Weight of the mean loss of all depths of multi-token prediction, in training."""
 
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None) -> None:
-        self.fn = functools.partial(summed_loss, mtp_weight=config.mtp_weight)
+        self.fn = functools.partial(_summed_loss, mtp_weight=config.mtp_weight)
 
     def __call__(
         self,
@@ -39,7 +39,7 @@ class TokenLoss(BaseLoss):
         return super().__call__(pred, labels, global_valid_tokens, **kwargs)
 
 
-def summed_loss(
+def _summed_loss(
     logits: Tensor | tuple[Tensor, ...], labels: Tensor, *, mtp_weight: float = 0.1
 ) -> Tensor:
     """Cross-entropy summed over this rank's tokens; the mean over one token, that is.

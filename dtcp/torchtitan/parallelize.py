@@ -100,7 +100,7 @@ def options_of(
     return {
         "activation_checkpoint": checkpoint_of(ac_config),
         "compile": compile_of(compile_config),
-        "fsdp": fsdp_of(training, parallelism),
+        "fsdp": _fsdp_of(training, parallelism),
     }
 
 
@@ -110,7 +110,7 @@ def compile_of(config: CompileConfig) -> Compile | None:
     return Compile(config.backend) if compiled else None
 
 
-def fsdp_of(training: TrainingConfig, parallelism: ParallelismConfig) -> FSDP:
+def _fsdp_of(training: TrainingConfig, parallelism: ParallelismConfig) -> FSDP:
     """What torchtitan's sections say of sharded weights, as ours."""
     return FSDP(
         mixed_precision=MixedPrecisionPolicy(

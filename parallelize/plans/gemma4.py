@@ -46,7 +46,7 @@ def gemma4_plan(
     Raises:
         ValueError: what tp or ep would split is not a multiple of it.
     """
-    tp, ep = gemma4_expert_plan(config, mesh)
+    tp, ep = _gemma4_expert_plan(config, mesh)
     return ParallelPlan(
         tp={**gemma4_tensor_plan(config, mesh.size("tp")), **tp} if mesh.tp is not None else {},
         ep=ep,
@@ -57,7 +57,7 @@ def gemma4_plan(
     )
 
 
-def gemma4_expert_plan(
+def _gemma4_expert_plan(
     config: Gemma4Config, mesh: ParallelMesh
 ) -> tuple[dict[str, ParallelStyle], dict[str, ParallelStyle]]:
     """The styles of experts on the axes tp and ep: spread over ep, or else split over tp."""

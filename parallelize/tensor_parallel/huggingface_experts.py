@@ -82,7 +82,7 @@ class HFExpertTensorParallel(ParallelStyle):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        dims, separate = channel_dims(module), vars(module).get(_SEPARATE, {})
+        dims, separate = _channel_dims(module), vars(module).get(_SEPARATE, {})
         for name, _ in list(module.named_parameters(recurse=False)):
             placement = Shard(dims[name] + (name in separate)) if name in dims else Replicate()
             distribute_parameter(module, name, device_mesh, placement)
@@ -116,7 +116,7 @@ def joined_view(experts: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
     return {**tensors, **joined}
 
 
-def channel_dims(module: Any) -> dict[str, int]:
+def _channel_dims(module: Any) -> dict[str, int]:
     """The dim of an expert's hidden channels in each parameter that has them."""
     layout = _layout(module)
     up = "gate_up_proj" if layout["has_gate"] else "up_proj"
@@ -157,7 +157,7 @@ def why_not_known(module: Any) -> str:
     if vars(module).get("has_post_expert_norm", False):
         return "it normalizes the output of each expert, of which a rank would have a part"
     names = {name for name, _ in module.named_parameters(recurse=False)}
-    unknown = names - {*channel_dims(module), "down_proj_bias"}
+    unknown = names - {*_channel_dims(module), "down_proj_bias"}
     return f"its parameters {sorted(unknown)} are not known" if unknown else ""
 
 
@@ -166,7 +166,7 @@ def why_not_split(module: Any, tp: int) -> str:
     reason = "" if type(module).__name__ in LAYOUTS else why_not_known(module)
     if reason:
         return reason
-    channels = module.down_proj.shape[channel_dims(module)["down_proj"]]
+    channels = module.down_proj.shape[_channel_dims(module)["down_proj"]]
     return f"tp={tp} does not divide its {channels} channels" if channels % tp else ""
 
 
@@ -175,7 +175,7 @@ def _joined_dims(module: Any) -> dict[str, int]:
     layout = _layout(module)
     if not layout or not (layout["has_gate"] and layout["is_concatenated"]):
         return {}
-    dims, names = channel_dims(module), ("gate_up_proj", "gate_up_proj_bias")
+    dims, names = _channel_dims(module), ("gate_up_proj", "gate_up_proj_bias")
     own = {name for name, _ in module.named_parameters(recurse=False)}
     return {name: dims[name] for name in names if name in own}
 

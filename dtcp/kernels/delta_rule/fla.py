@@ -158,13 +158,13 @@ class FlaDeltaRule:
         """The summary [M | b] of every row, in one launch."""
         from fla.ops.cp.chunk_fwd import chunk_cp_fwd_h
 
-        ends = piece_ends(chunks.w, chunks.u)
-        summary = empty_summaries(chunks, len(ends) - 1)
+        ends = _piece_ends(chunks.w, chunks.u)
+        summary = _empty_summaries(chunks, len(ends) - 1)
         parts = (chunks.writing, chunks.w, chunks.u, chunks.decay)
         k, w, u, g = (one_row(part) for part in parts)
         decay = {self.decay_name: g}
         chunk_cp_fwd_h(k=k, w=w, u=u, hm=summary, **decay, cu_seqlens=ends, multi_seqs=True)
-        pieces = transition_first(summary, chunks.u.shape[-1])
+        pieces = _transition_first(summary, chunks.u.shape[-1])
         return of_whole_rows(pieces.unflatten(0, (len(chunks.u), -1)))
 
     def _summary_backward(self, prepared: PreparedBackward) -> Tensor:
@@ -172,8 +172,8 @@ class FlaDeltaRule:
         from fla.ops.cp.chunk_bwd import chunk_cp_bwd_dh
 
         chunks, grad, d_new = prepared.chunks, prepared.grad, prepared.d_new
-        ends = piece_ends(chunks.w, chunks.u)
-        summary = empty_summaries(chunks, len(ends) - 1)
+        ends = _piece_ends(chunks.w, chunks.u)
+        summary = _empty_summaries(chunks, len(ends) - 1)
         parts = (chunks.reading, chunks.writing, chunks.w, grad, d_new, chunks.decay)
         q, k, w, do, dv, g = (one_row(part) for part in parts)
         decay = {self.decay_name: g}
@@ -189,7 +189,7 @@ class FlaDeltaRule:
                 scale=1.0,
                 cu_seqlens=ends[row : row + 2],
             )
-        pieces = transition_first(summary, chunks.u.shape[-1])
+        pieces = _transition_first(summary, chunks.u.shape[-1])
         return of_whole_rows(pieces.unflatten(0, (len(chunks.u), -1)).flip(1))
 
 
@@ -230,7 +230,7 @@ def one_row(x: Tensor) -> Tensor:
     return x.contiguous().flatten(0, 1)[None]
 
 
-def piece_ends(w: Tensor, u: Tensor) -> Tensor:
+def _piece_ends(w: Tensor, u: Tensor) -> Tensor:
     """Where the pieces of rows start whose summaries fla's kernels make, and where the last ends.
 
     A row is one piece, unless it is longer than their places in 32 bits reach: they count tokens,
@@ -254,7 +254,7 @@ def of_whole_rows(pieces: Tensor) -> Tensor:
     return whole
 
 
-def empty_summaries(chunks: PreparedChunks, number: int) -> Tensor:
+def _empty_summaries(chunks: PreparedChunks, number: int) -> Tensor:
     """[number, H, K, V + K] fp32 zeros, where fla's kernels write [b | M]."""
     _, _, heads, key_dim = chunks.w.shape
     return chunks.u.new_zeros(
@@ -262,7 +262,7 @@ def empty_summaries(chunks: PreparedChunks, number: int) -> Tensor:
     )
 
 
-def transition_first(summary: Tensor, value_dim: int) -> Tensor:
+def _transition_first(summary: Tensor, value_dim: int) -> Tensor:
     """fla's [b | M] as [M | b]."""
     state, transition = summary.split((value_dim, summary.shape[-1] - value_dim), dim=-1)
     return torch.cat((transition, state), dim=-1)

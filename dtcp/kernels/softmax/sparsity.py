@@ -46,7 +46,7 @@ def block_states(
     """
     rows, length = queries.q.shape[:2]
     num_keys = keys.k.shape[1]
-    begin, stop = (x.expand(rows, -1) for x in key_ranges(queries, keys))
+    begin, stop = (x.expand(rows, -1) for x in _key_ranges(queries, keys))
     sees = begin < stop
     tiles = -(-length // query_block)
     first = _by_tile(begin.masked_fill(~sees, num_keys), tiles, query_block, num_keys).amin(-1)
@@ -61,7 +61,7 @@ def block_states(
     return some & ~full, full
 
 
-def key_ranges(queries: Queries, keys: Keys) -> tuple[Tensor, Tensor]:
+def _key_ranges(queries: Queries, keys: Keys) -> tuple[Tensor, Tensor]:
     """The keys that each query sees: begin and stop, [rows, L] int64; 0 and 0 for none."""
     # Slots without a key lie behind all keys.
     index = keys.token_index.to(torch.int64)

@@ -44,7 +44,7 @@ def sparse_kernel(q: Tensor, keys: SparseKeys, sink: Tensor | None = None) -> Sp
     deterministic algorithms, plain torch computes them instead.
     """
     if _gathered_refusal(q, keys) is None:
-        return gathered_kernel()
+        return _gathered_kernel()
     reason = refusal_of_triton(q, keys)
     if q.is_cuda:
         widths = (q.shape[-1], keys.value_dim)
@@ -143,7 +143,7 @@ def _say_plain_torch(dtype: torch.dtype, width: int, reason: str) -> None:
 
 
 @cache
-def gathered_kernel() -> SparseKernel:
+def _gathered_kernel() -> SparseKernel:
     """FlashAttention 4's kernel; imports what not every machine has."""
     names = ("_flash_attn_fwd", "_flash_attn_bwd_sparse_mla")
     return GatheredFlashAttention(
@@ -158,7 +158,7 @@ def _fault(dtype: torch.dtype, device: torch.device, heads: int) -> str | None:
     Up to 64 heads its backward is another kernel than beyond.
     """
     asked = (ReferenceSparseAttention(), dtype, device, GATHERED_WIDTH)
-    return fault_of_sparse(gathered_kernel, *asked, heads=heads)
+    return fault_of_sparse(_gathered_kernel, *asked, heads=heads)
 
 
 @cache

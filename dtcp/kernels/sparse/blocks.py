@@ -104,14 +104,14 @@ FULL_FITS = (
 def sparse_fit(q: Tensor, value_dim: int) -> Fit | None:
     """The blocks for queries of this width and dtype on this GPU; None if none fit."""
     columns = Columns.of(q.shape[-1], value_dim)
-    fits = fits_on(q.dtype, triton_support.capability_major(q), triton_support.shared_memory(q))
+    fits = _fits_on(q.dtype, triton_support.capability_major(q), triton_support.shared_memory(q))
     wide_enough = (
         fit for fit in fits if sum(columns) <= fit.columns and columns.others <= fit.others
     )
     return next(wide_enough, None)
 
 
-def fits_on(dtype: torch.dtype, major: int, shared: int) -> list[Fit]:
+def _fits_on(dtype: torch.dtype, major: int, shared: int) -> list[Fit]:
     """What fits into a GPU of this generation and shared memory, the best first."""
     fits = FULL_FITS if dtype == torch.float32 else HALF_FITS
     return [fit for fit in fits if fit.shared <= shared and fit.major in (None, major)]
@@ -119,4 +119,4 @@ def fits_on(dtype: torch.dtype, major: int, shared: int) -> list[Fit]:
 
 def widest_columns(dtype: torch.dtype, major: int, shared: int) -> int:
     """The most columns that fit into such a GPU; 0 for none."""
-    return max((fit.columns for fit in fits_on(dtype, major, shared)), default=0)
+    return max((fit.columns for fit in _fits_on(dtype, major, shared)), default=0)
