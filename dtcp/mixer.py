@@ -115,7 +115,8 @@ class Mixer(nn.Module):
 class ClaimedMixer(Mixer):
     """A mixer that a style has taken over: made by the style, never built directly.
 
-    Subclasses name the mixer they stand for as their second base and write `carry_out`.
+    Subclasses name the mixer they stand for as their second base and write `carry_out`; or it is
+    the mixer's own forward, of which they replace the step that differs.
     """
 
     def claim(self, style: Any, mesh: DeviceMesh) -> None:
