@@ -1,5 +1,7 @@
 """Per-token modules that model families share."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,14 +38,29 @@ class ParameterModule(nn.Module):
         nn.init.constant_(self.weight, self.fill)
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)). From Shazeer 2020, https://arxiv.org/abs/2002.05202."""
+Activation = Callable[[Tensor, Tensor], Tensor]
+"""(gate, up) -> the hidden channels of a feed-forward part."""
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return F.silu(gate) * up
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) * up, with gelu by tanh."""
+    return F.gelu(gate, approximate="tanh") * up
+
+
+class FeedForward(nn.Module):
+    """down(activation(gate(x), up(x))). From Shazeer 2020, https://arxiv.org/abs/2002.05202."""
+
+    def __init__(self, dim: int, hidden_dim: int, activation: Activation = swiglu) -> None:
         super().__init__()
+        self.activation = activation
         self.gate = nn.Linear(dim, hidden_dim, bias=False)
         self.up = nn.Linear(dim, hidden_dim, bias=False)
         self.down = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(self.activation(self.gate(x), self.up(x)))

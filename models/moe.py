@@ -4,7 +4,7 @@ Routers differ between families and are defined there; they return the chosen ex
 token and the weight of each.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from dtcp.experts.exchange import Meanwhile, RoutedTokens
 from dtcp.kernels.grouped_linear import grouped_linear
 from dtcp.metadata import BatchMetadata
-
-Activation = Callable[[Tensor, Tensor], Tensor]
-"""(gate, up) -> the hidden channels of a feed-forward part."""
+from dtcp.models.blocks import Activation
 
 
 def check_top_k(config: str, field: str, top_k: int, num_experts: int) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dtcp.experts.losses import RouterLoss
+from dtcp.models.blocks import FeedForward
 from dtcp.models.deepseek_v4.config import DeepseekV4Config
 from dtcp.models.moe import Experts, add_load
 
@@ -24,7 +25,7 @@ class MoE(nn.Module):
         activation = ClampedSwiGLU(config.expert_limit)
         self.experts = Experts(config.dim, config.hidden_dim, config.num_experts, activation)
         shared = activation if config.clamp_shared else ClampedSwiGLU(float("inf"))
-        self.shared = SharedExpert(config.dim, config.hidden_dim, shared)
+        self.shared = FeedForward(config.dim, config.hidden_dim, shared)
 
     def forward(self, x: Tensor, input_ids: Tensor, real: Tensor | None) -> Tensor:
         """Args: x [B, L, D]; input_ids [B, L]; real [B * L] bool, False for padding."""
@@ -42,20 +43,6 @@ class ClampedSwiGLU:
 
     def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
         return F.silu(gate.clamp(max=self.limit)) * up.clamp(-self.limit, self.limit)
-
-
-class SharedExpert(nn.Module):
-    """A feed-forward part that every token goes through."""
-
-    def __init__(self, dim: int, hidden_dim: int, activation: ClampedSwiGLU) -> None:
-        super().__init__()
-        self.activation = activation
-        self.gate = nn.Linear(dim, hidden_dim, bias=False)
-        self.up = nn.Linear(dim, hidden_dim, bias=False)
-        self.down = nn.Linear(hidden_dim, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.gate(x), self.up(x)))
 
 
 class Router(nn.Module):

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dtcp.experts.losses import RouterLoss
 from dtcp.metadata import BatchMetadata
-from dtcp.models.blocks import ParameterModule
+from dtcp.models.blocks import FeedForward, ParameterModule, geglu
 from dtcp.models.gemma4.config import Gemma4Config, LayerType, MoEConfig
 from dtcp.models.inputs import check_ids, check_positions
 from dtcp.models.moe import Experts, real_tokens
@@ -102,19 +101,6 @@ class Attention(nn.Module):
         return k, v
 
 
-class GeGLU(nn.Module):
-    """down(gelu(gate(x)) * up(x)). From Shazeer 2020, https://arxiv.org/abs/2002.05202."""
-
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.gate = nn.Linear(dim, hidden_dim, bias=False)
-        self.up = nn.Linear(dim, hidden_dim, bias=False)
-        self.down = nn.Linear(hidden_dim, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(_geglu(self.gate(x), self.up(x)))
-
-
 class Router(nn.Module):
     """Choose each token's experts by a softmax over all; the weights of the chosen sum to one."""
 
@@ -153,7 +139,7 @@ class MoE(nn.Module):
     def __init__(self, config: Gemma4Config, moe: MoEConfig) -> None:
         super().__init__()
         self.router = Router(config.dim, moe, config.norm_eps)
-        self.experts = Experts(config.dim, moe.hidden_dim, moe.num_experts, _geglu)
+        self.experts = Experts(config.dim, moe.hidden_dim, moe.num_experts, geglu)
         self.dense_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.pre_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.post_norm = nn.RMSNorm(config.dim, config.norm_eps)
@@ -179,7 +165,7 @@ class PerLayerInput(nn.Module):
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.norm(self.proj(_geglu(self.gate(x), embedding)))
+        return self.norm(self.proj(geglu(self.gate(x), embedding)))
 
 
 class Block(nn.Module):
@@ -194,7 +180,7 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.attention_post_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.feed_forward_norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.feed_forward = GeGLU(config.dim, width * config.hidden_dim)
+        self.feed_forward = FeedForward(config.dim, width * config.hidden_dim, geglu)
         self.feed_forward_post_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.moe = MoE(config, config.moe) if config.moe else None
         self.per_layer = PerLayerInput(config) if config.per_layer_dim else None
@@ -374,10 +360,6 @@ class Gemma4(nn.Module):
 def _scaled(x: Tensor, factor: float) -> Tensor:
     """x times a factor that is rounded to fp32, then to the dtype of x, as the model has it."""
     return x * torch.full((), factor, dtype=torch.float32, device=x.device).to(x.dtype)
-
-
-def _geglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.gelu(gate, approximate="tanh") * up
 
 
 @torch.no_grad()

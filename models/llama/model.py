@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from dtcp.metadata import BatchMetadata
-from dtcp.models.blocks import SwiGLU
+from dtcp.models.blocks import FeedForward
 from dtcp.models.inputs import check_model_inputs
 from dtcp.models.llama.config import LlamaConfig
 from dtcp.sequence.masks import Causal
@@ -43,7 +43,7 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
         self.feed_forward_norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.feed_forward = SwiGLU(config.dim, config.hidden_dim)
+        self.feed_forward = FeedForward(config.dim, config.hidden_dim)
 
     def forward(self, x: Tensor, position_ids: Tensor, attn_metadata: BatchMetadata) -> Tensor:
         x = x + self.attention(self.attention_norm(x), position_ids, attn_metadata)

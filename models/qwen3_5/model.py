@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from dtcp.experts.losses import RouterLoss
 from dtcp.metadata import BatchMetadata
-from dtcp.models.blocks import ParameterModule, SwiGLU
+from dtcp.models.blocks import FeedForward, ParameterModule, swiglu
 from dtcp.models.inputs import check_model_inputs
 from dtcp.models.moe import Experts, real_tokens
 from dtcp.models.qwen3_5.config import MoEConfig, Qwen35Config
@@ -127,9 +127,9 @@ class MoE(nn.Module):
         super().__init__()
         self.top_k = config.top_k
         self.router = nn.Linear(dim, config.num_experts, bias=False)
-        self.experts = Experts(dim, config.hidden_dim, config.num_experts, _swiglu)
+        self.experts = Experts(dim, config.hidden_dim, config.num_experts, swiglu)
         self.router_loss = RouterLoss(balance=config.balance_weight, z=config.z_weight)
-        self.shared = SwiGLU(dim, config.shared_hidden_dim)
+        self.shared = FeedForward(dim, config.shared_hidden_dim)
         self.shared_gate = nn.Linear(dim, 1, bias=False)
 
     def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
@@ -288,8 +288,4 @@ class Qwen35(nn.Module):
 
 
 def _feed_forward(dim: int, shape: int | MoEConfig) -> nn.Module:
-    return SwiGLU(dim, shape) if isinstance(shape, int) else MoE(dim, shape)
-
-
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
+    return FeedForward(dim, shape) if isinstance(shape, int) else MoE(dim, shape)
