@@ -1,7 +1,7 @@
 """Experts: every token goes through the few that its router chose, and none is dropped.
 
 Routers differ between families and are defined there; they return the chosen experts of each
-token and the weight of each.
+token and the weight of each (`top_experts`, where a softmax over all chooses).
 """
 
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dtcp.experts.exchange import Meanwhile, RoutedTokens
+from dtcp.experts.losses import RouterLoss
 from dtcp.kernels.grouped_linear import grouped_linear
 from dtcp.metadata import BatchMetadata
 from dtcp.models.blocks import Activation
@@ -28,6 +29,22 @@ def check_top_k(config: str, field: str, top_k: int, num_experts: int) -> None:
             f"{config} routes each token to some of the experts, got {field}={top_k} of "
             f"num_experts={num_experts}: choose 1 to num_experts."
         )
+
+
+def top_experts(
+    logits: Tensor, top_k: int, router_loss: RouterLoss, real: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Experts [N, k] int64 of the largest logits [N, E], and weights of these that sum to one.
+
+    Args:
+        real: [N] bool, False for padding.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    probabilities = logits.softmax(-1)
+    weight, index = probabilities.topk(top_k, dim=-1)
+    weight = weight / weight.sum(-1, keepdim=True)
+    chosen = {"logits": logits, "probabilities": probabilities, "index": index, "real": real}
+    return index, router_loss(weight, **chosen)
 
 
 class Experts(nn.Module):

@@ -14,7 +14,7 @@ from dtcp.metadata import BatchMetadata
 from dtcp.models.blocks import FeedForward, ParameterModule, geglu
 from dtcp.models.gemma4.config import Gemma4Config, LayerType, MoEConfig
 from dtcp.models.inputs import check_ids, check_positions
-from dtcp.models.moe import Experts, real_tokens
+from dtcp.models.moe import Experts, real_tokens, top_experts
 from dtcp.sequence.arguments import check_tensor
 from dtcp.softmax.mixer import GatherSharedKV, KeysFromValues, SoftmaxAttention
 
@@ -120,16 +120,7 @@ class Router(nn.Module):
             real: [N] bool, False for padding.
         """
         logits = self.proj(self.norm(x) * self.scale() * x.shape[-1] ** -0.5)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        probabilities = logits.softmax(-1)
-        weight, index = probabilities.topk(self.top_k, dim=-1)
-        weight = self.router_loss(
-            weight / weight.sum(-1, keepdim=True),
-            logits=logits,
-            probabilities=probabilities,
-            index=index,
-            real=real,
-        )
+        index, weight = top_experts(logits, self.top_k, self.router_loss, real)
         return index, weight * self.per_expert_scale()[index]
 
 

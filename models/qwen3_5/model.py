@@ -10,7 +10,7 @@ from dtcp.experts.losses import RouterLoss
 from dtcp.metadata import BatchMetadata
 from dtcp.models.blocks import FeedForward, ParameterModule, swiglu
 from dtcp.models.inputs import check_model_inputs
-from dtcp.models.moe import Experts, real_tokens
+from dtcp.models.moe import Experts, real_tokens, top_experts
 from dtcp.models.qwen3_5.config import MoEConfig, Qwen35Config
 from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule
 from dtcp.sequence.arguments import check_tensor
@@ -135,28 +135,13 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
         """Args: x [B, L, D]; real [B * L] bool, False for padding."""
         tokens = x.flatten(0, 1)
-        index, weight = self.route(tokens, real)
+        index, weight = top_experts(self.router(tokens), self.top_k, self.router_loss, real)
         shared = partial(self._share, tokens)
         return self.experts(tokens, index, weight.to(x.dtype), real, shared).view(x.shape)
 
     def _share(self, tokens: Tensor) -> Tensor:
         gated: Tensor = self.shared_gate(tokens).sigmoid() * self.shared(tokens)
         return gated
-
-    def route(self, tokens: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The top_k experts of each token [N, D], and their weights, which sum to one: [N, k]."""
-        logits = self.router(tokens)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        probabilities = logits.softmax(-1)
-        weight, index = probabilities.topk(self.top_k, dim=-1)
-        weight = self.router_loss(
-            weight / weight.sum(-1, keepdim=True),
-            logits=logits,
-            probabilities=probabilities,
-            index=index,
-            real=real,
-        )
-        return index, weight
 
 
 class Block(nn.Module):
