@@ -108,8 +108,7 @@ class Mixer(nn.Module):
     def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
         """The forward if no token read another: of q, k, v the own value, once per query head."""
         q, _, v = args[:3]
-        own: Tensor = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
-        return own
+        return v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
 
 
 class ClaimedMixer(Mixer):
@@ -181,8 +180,7 @@ class ClaimedMixer(Mixer):
             )
         # Whoever wrote the style, and whether or not it asks.
         self.style.check(self, self.own_layout(layout))
-        metadata: AttentionMetadata = self.style.make_metadata(self, coords, layout, self.rank)
-        return metadata
+        return self.style.make_metadata(self, coords, layout, self.rank)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, style={self.style}, ranks={self.num_shards}"

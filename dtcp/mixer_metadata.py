@@ -133,8 +133,7 @@ class MixerKinds(NamedTuple):
         """What a function makes of all mixers: once, for it depends on their keys alone."""
         if make not in self.made:
             self.made[make] = make([mixer for mixer, _ in self.mixers])
-        result: T = self.made[make]
-        return result
+        return self.made[make]
 
     def __reduce__(self) -> Any:
         """Neither copied nor saved with its model."""

@@ -141,8 +141,7 @@ class _CopiedChoice(TorchDispatchMode):
 
     def __enter__(self) -> "_CopiedChoice":
         self.keeping.__enter__()
-        entered: _CopiedChoice = super().__enter__()
-        return entered
+        return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)

@@ -69,8 +69,7 @@ def graphs_and_breaks() -> tuple[int, int]:
 
 def compiled_autograd() -> AbstractContextManager[Any]:
     """Compile backward passes inside, as torchtitan does: by a private switch (2.11-2.15)."""
-    context: AbstractContextManager[Any] = torch._dynamo.utils.maybe_enable_compiled_autograd(True)
-    return context
+    return torch._dynamo.utils.maybe_enable_compiled_autograd(True)
 
 
 def inductor_compilers() -> list[str]:

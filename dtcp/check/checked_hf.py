@@ -104,8 +104,7 @@ class CheckedHuggingFaceModel:
     def parallelize(
         self, model: Any, mesh: ParallelMesh, style: AttentionStyle, compile: Compile | None
     ) -> nn.Module:
-        parallelized: nn.Module = parallelize_hf(model, mesh, style, compile=compile)
-        return parallelized
+        return parallelize_hf(model, mesh, style, compile=compile)
 
     def logits_on_one_device(self, model: Any, input_ids: Tensor, documents: Documents) -> Tensor:
         """Each document by itself: not every model of transformers keeps packed ones apart."""
@@ -138,8 +137,7 @@ class CheckedHuggingFaceModel:
         self, model: Any, batch: Mapping[str, Tensor], sharded: ShardedBatch
     ) -> Tensor:
         inputs = {key: x for key, x in batch.items() if key.endswith(("input_ids", "position_ids"))}
-        logits: Tensor = model(**inputs, attn_metadata=sharded.attn_metadata).logits
-        return logits
+        return model(**inputs, attn_metadata=sharded.attn_metadata).logits
 
     def _small(self) -> SmallConfig:
         return small_config(self.config, self.change, REMEDY)

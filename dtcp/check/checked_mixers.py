@@ -42,8 +42,7 @@ class CheckedMixerModel:
         return sum(p.numel() for p in model_of_function(self.model, **self.change).parameters())
 
     def build(self) -> nn.Module:
-        model: nn.Module = in_fp64(model_of_function(self.model, **self.change))
-        return model
+        return in_fp64(model_of_function(self.model, **self.change))
 
     def mixing(self, model: nn.Module, style: AttentionStyle, tp: int = 1) -> Mixing:
         seq_len = probe_length(model)
@@ -97,8 +96,7 @@ class CheckedMixerModel:
     def local_logits(
         self, model: nn.Module, batch: Mapping[str, Tensor], sharded: ShardedBatch
     ) -> Tensor:
-        logits: Tensor = model(batch["input_ids"], batch["position_ids"], sharded.attn_metadata)
-        return logits
+        return model(batch["input_ids"], batch["position_ids"], sharded.attn_metadata)
 
 
 @contextmanager

@@ -93,8 +93,7 @@ def padding_id(model: Any) -> int | None:
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         return None
-    token: int | None = config.get_text_config(decoder=True).pad_token_id
-    return token
+    return config.get_text_config(decoder=True).pad_token_id
 
 
 def check_logits(model: nn.Module, logits: Any, seq_len: int) -> Tensor:

@@ -66,10 +66,9 @@ def make_cp_batch_and_ctx(
     cp_mesh, tp_mesh = _axis(device_mesh, "cp"), _axis(device_mesh, "tp")
     model_sharder = batch.pop(MODEL_OWNED, None)
     if model_sharder is not None and cp_mesh is not None:
-        result: tuple[ContextFactory, BatchDict] = model_sharder(
+        return model_sharder(
             cp_mesh, tp_mesh, batch, loss_mask=loss_mask, padding_token_id=padding_token_id
         )
-        return result
     if cp_mesh is None and not use_te:
         return nullcontext, batch
     if loss_mask is not None:

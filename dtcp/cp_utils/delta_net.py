@@ -221,8 +221,7 @@ class CPAwareGatedDeltaNet(nn.Module):
     ) -> Tensor:
         """The shards of all ranks, concatenated along dim."""
         x = tensor if differentiable else tensor.detach()
-        whole: Tensor = _AllGatherConcatFn.apply(x, cp_group, dim % tensor.ndim)
-        return whole
+        return _AllGatherConcatFn.apply(x, cp_group, dim % tensor.ndim)
 
     def _undo_attention_load_balancing(
         self, hidden_states: Tensor, original_positions: Tensor, cp_group: dist.ProcessGroup

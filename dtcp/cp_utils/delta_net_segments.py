@@ -58,8 +58,7 @@ def forward_on_segments(
     scan = FEWEST_BYTES.scans(ranks, segments, DeltaShape.of(k, v).summary)
     out = gated_delta_rule(q, k, v, g, b.sigmoid(), rule, scan=scan, groups=groups)
     normed = layer.norm(out.flatten(0, 2), z.reshape(-1, layer.head_v_dim))
-    projected: Tensor = layer.out_proj(normed.unflatten(0, out.shape[:3]).flatten(2))
-    return projected
+    return layer.out_proj(normed.unflatten(0, out.shape[:3]).flatten(2))
 
 
 def check_call(

@@ -352,8 +352,7 @@ class ParallelMesh:
             raise ValueError(
                 f"A ParallelMesh has the 1-D views {VIEWS}, got name={name!r}: use one."
             )
-        view: DeviceMesh | None = getattr(self, name)
-        return view
+        return getattr(self, name)
 
 
 def check_parallel_mesh(subject: str, mesh: object) -> None:

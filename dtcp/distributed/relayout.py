@@ -36,8 +36,7 @@ def shard(x: Tensor, layout: SequenceLayout, mesh: DeviceMesh, *, dim: int = 1) 
             f"A layout has one shard per rank, got num_shards={layout.num_shards} on a mesh of "
             f"{mesh.size()} ranks: make the layout for this mesh."
         )
-    local: Tensor = _Shard.apply(x, layout, mesh, dim)
-    return local
+    return _Shard.apply(x, layout, mesh, dim)
 
 
 def gather(x: Tensor, layout: SequenceLayout, mesh: DeviceMesh, *, dim: int = 1) -> Tensor:

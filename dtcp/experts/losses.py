@@ -113,8 +113,7 @@ class RouterLoss(nn.Module):
         # Read in forward, so that a graph computes them there, and not in backward once more.
         self.shares.copy_(torch.stack([balance, z]).detach())
         loss = (self.balance * balance + self.z * z) / self.parts
-        brought: Tensor = _BringGradient.apply(weight, loss)
-        return brought
+        return _BringGradient.apply(weight, loss)
 
     def reset_parameters(self) -> None:
         self.shares.zero_()

@@ -75,10 +75,7 @@ def dispatch_tokens(x: Tensor, routing: Routing, *, per_token: int, group: str) 
     Backward brings the gradients home and sums those of a token, in fp32 at least. Traffic per
     rank: D elements per row to and from other ranks, and as much back.
     """
-    sent: Tensor = _dispatch_tokens(
-        x, routing.order, routing.place, routing.counts, per_token, group
-    )
-    return sent
+    return _dispatch_tokens(x, routing.order, routing.place, routing.counts, per_token, group)
 
 
 def send_tokens(x: Tensor, routing: Routing, *, per_token: int, group: str) -> Tensor:
@@ -89,14 +86,12 @@ def send_tokens(x: Tensor, routing: Routing, *, per_token: int, group: str) -> T
 
     Backward and traffic as of `dispatch_tokens`.
     """
-    sent: Tensor = _send_tokens(x, routing.order, routing.place, routing.counts, per_token, group)
-    return sent
+    return _send_tokens(x, routing.order, routing.place, routing.counts, per_token, group)
 
 
 def receive_tokens(flying: Tensor, routing: Routing) -> Tensor:
     """Wait for the tokens of `send_tokens`: [R, D], in the order of `dispatch_tokens`."""
-    rows: Tensor = _receive_tokens(flying, routing.place)
-    return rows
+    return _receive_tokens(flying, routing.place)
 
 
 def combine_results(rows: Tensor, routing: Routing, *, group: str) -> Tensor:
@@ -109,8 +104,7 @@ def combine_results(rows: Tensor, routing: Routing, *, group: str) -> Tensor:
 
     Backward sends the gradients to the experts. Traffic per rank: as of `dispatch_tokens`.
     """
-    home: Tensor = _combine_results(rows, routing.order, routing.place, routing.counts, group)
-    return home
+    return _combine_results(rows, routing.order, routing.place, routing.counts, group)
 
 
 @communicating_op("dtcp::route_tokens", moves=counts_moves)

@@ -42,8 +42,7 @@ def attend_beside_entries(
     """What the mixer of a module gives, [B, L, H, D], of q [B, L, H, D] and keys [B, L, D]."""
     mixer.check_position_ids(compressed.position_ids, attn_metadata)
     parts: dict[str, Any] = {"tokens": compressed.tokens, "index": compressed.picked_by}
-    out: Tensor = mixer(q, keys, attn_metadata, sink=sink, **parts)
-    return out
+    return mixer(q, keys, attn_metadata, sink=sink, **parts)
 
 
 def window_of(mask: Mask) -> int:

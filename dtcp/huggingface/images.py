@@ -73,8 +73,7 @@ class CutRows(Mixer):
         return len(metadata.token_index)
 
     def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
-        x: Tensor = args[0]
-        return x
+        return args[0]
 
     def whole_row_metadata(self, coords: Coords) -> CutMetadata:
         return CutMetadata(torch.arange(coords.document.shape[1]))

@@ -30,8 +30,7 @@ def is_causal(config: Any, remedy: str = CORRECT) -> bool:
     """Whether the language model of a config is a causal one; raises as model_of."""
     from transformers.models.auto import modeling_auto
 
-    kind: bool = _kind_of(config, remedy) is modeling_auto.AutoModelForCausalLM
-    return kind
+    return _kind_of(config, remedy) is modeling_auto.AutoModelForCausalLM
 
 
 def _kind_of(config: Any, remedy: str) -> Any:

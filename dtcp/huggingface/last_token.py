@@ -92,8 +92,7 @@ class LastToken(Mixer):
         return value
 
     def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
-        own: Tensor = args[0]
-        return own
+        return args[0]
 
     def whole_row_metadata(self, coords: Coords) -> AttentionMetadata:
         return LastTokenMetadata.of(coords, torch.arange(coords.document.shape[1]))

@@ -108,8 +108,7 @@ def _picked(
         operands += _pool_weights(module.indexer, hidden_states)
     if mixer is None:
         return None
-    selected: Tensor = mixer(*operands, attn_metadata)
-    return selected
+    return mixer(*operands, attn_metadata)
 
 
 def _index_operands(

@@ -123,8 +123,7 @@ def _heads(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _spread(head: nn.Module, _: Any, out: Tensor) -> Tensor:
-    spread: Tensor = head.get_submodule(registry.MIXER)(out)
-    return spread
+    return head.get_submodule(registry.MIXER)(out)
 
 
 def _read_batch(model: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -73,8 +73,7 @@ def longest(model: nn.Module, offset: int | None, inside: str = "") -> int | Non
 
     def skipped(table: nn.Embedding) -> int:
         behind_padding = 0 if table.padding_idx is None else table.padding_idx + 1
-        own: int = getattr(table, "offset", behind_padding if offset is None else offset)
-        return own
+        return getattr(table, "offset", behind_padding if offset is None else offset)
 
     sizes = [
         module.num_embeddings - skipped(module)

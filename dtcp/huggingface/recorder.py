@@ -229,8 +229,7 @@ class Recorder:
         if not hasattr(mask, _READ):
             block = torch.full((1, mask.shape[-1]), -1) if self.block is None else self.block
             setattr(mask, _READ, read_block_mask(getattr(mask, _FUNCTION), block))
-        read: tuple[Mask | None, bool] = getattr(mask, _READ)
-        return read
+        return getattr(mask, _READ)
 
     def _with_blocks(self, name: str, dense: Any) -> Mask | None:
         """The mask that was read without images, as it is where tokens of images are marked."""

@@ -57,8 +57,7 @@ def previous_token(x: Tensor, *, attn_metadata: Any) -> Tensor:
     """
     layer, metadata = attn_metadata
     taps = torch.eye(1, 2, dtype=x.dtype, device=x.device).expand(x.shape[-1], 2)
-    out: Tensor = layer.get_submodule(SHIFT)(x, taps, metadata)
-    return out
+    return layer.get_submodule(SHIFT)(x, taps, metadata)
 
 
 def _surveyed_previous_token(x: Tensor, *, attn_metadata: Any) -> Tensor:
@@ -186,8 +185,7 @@ def lightning_attention(
 ) -> Tensor:
     """Of a layer that is written again: q, k, v [B, L, H, D], g [B, L, H] or [B, L, H, D]."""
     layer, metadata = attn_metadata
-    out: Tensor = layer.get_submodule(RULE)(*as_autocast_casts(q, k, v), g, metadata)
-    return out
+    return layer.get_submodule(RULE)(*as_autocast_casts(q, k, v), g, metadata)
 
 
 def _surveyed_lightning(

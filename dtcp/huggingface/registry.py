@@ -183,10 +183,8 @@ def _attend_to_latents(
     q, k, v = qkv
     operands = q, k[:, :, 0], v[:, :, 0], _up_projection(module, q)
     if isinstance(mixer, SparseLatentAttention):
-        picking: Tensor = mixer(*operands, selected, attn_metadata, sink=sink)
-        return picking
-    out: Tensor = mixer(*operands, attn_metadata)
-    return out
+        return mixer(*operands, selected, attn_metadata, sink=sink)
+    return mixer(*operands, attn_metadata)
 
 
 def _metadata_alone(

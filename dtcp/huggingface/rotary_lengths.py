@@ -189,8 +189,7 @@ def _update_alone() -> Callable[..., None]:
     ) -> None:
         """The embedding, which the update is made without."""
 
-    update: Callable[..., None] = dynamic_rope_update(nothing)
-    return update
+    return dynamic_rope_update(nothing)
 
 
 def _reads_longest(module: Any) -> bool:

@@ -150,8 +150,7 @@ class HuggingFaceModel:
     def build(self) -> nn.Module:
         from dtcp.huggingface.language_model import model_of
 
-        model: nn.Module = model_of(without_dtype(self.config), REMEDY)
-        return model
+        return model_of(without_dtype(self.config), REMEDY)
 
     def plan(
         self, model: nn.Module, mesh: ParallelMesh, attention: AttentionStyle, layout: Any

@@ -83,8 +83,7 @@ class OpCall:
         """The name of the one process group that it was given; None where it takes none or more."""
         args, kwargs = put_back(list(self.leaves), self.spec)
         named = {**dict(zip(argument_names(self.op), args, strict=False)), **kwargs}
-        name: str | None = named.get("group")
-        return name
+        return named.get("group")
 
 
 @dataclass
@@ -287,8 +286,7 @@ def _group_of(bound: Mapping[str, Any]) -> str | None:
     if group is None:
         return None
     boxed = dist.ProcessGroup.unbox(group) if not isinstance(group, dist.ProcessGroup) else group
-    name: str = boxed.group_name
-    return name
+    return boxed.group_name
 
 
 def follow_blocks(

@@ -39,8 +39,7 @@ class RecurrentMixer(Mixer):
         return {}
 
     def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
-        v: Tensor = args[2]
-        return v
+        return args[2]
 
     def whole_row_metadata(self, coords: Coords) -> AttentionMetadata:
         return delta_metadata(coords, None)
@@ -189,8 +188,7 @@ class CausalConv1d(RecurrentMixer):
         return conv_metadata(coords, self.reach + 1, None)
 
     def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
-        x: Tensor = args[0]
-        return x
+        return args[0]
 
     def extra_repr(self) -> str:
         return f"width={self.width}, dilation={self.dilation}"

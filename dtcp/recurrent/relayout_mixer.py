@@ -102,8 +102,7 @@ class RelayoutCP(ParallelStyle):
             inner = forward(layer.relayout(x, attn_metadata), attn_metadata)
             if not isinstance(inner, Tensor):
                 raise TypeError(_called(self, f"a result of type {type(inner).__name__}"))
-            moved: Tensor = layer.relayout(inner, attn_metadata, reverse=True)
-            return moved
+            return layer.relayout(inner, attn_metadata, reverse=True)
 
         wrap_forward(module, on_inside_layout)
         return module
@@ -143,5 +142,4 @@ class RelayoutMixer(ClaimedMixer):
         return apply_relayout(x, self.own(attn_metadata), self.groups[0], reverse=reverse)
 
     def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
-        x: Tensor = args[0]
-        return x
+        return args[0]

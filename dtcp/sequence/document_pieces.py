@@ -156,8 +156,7 @@ class RowOfDocuments(NamedTuple):
         """
         ends = self.tokens.work, self.tokens.turned().work
         most, n = max(1, *(int(x.max(initial=0)) for x in ends)), self.num_shards
-        even: Bools = np.abs((done[:, 1:] - done[:, :-1]) * n - self.total) < most * n
-        return even
+        return np.abs((done[:, 1:] - done[:, :-1]) * n - self.total) < most * n
 
     def _reach(self, start: Ints, holder: Ints, ways: int) -> Ints:
         """How far from the starts of documents ranks reach under a causal mask, of each way: [V].
@@ -223,8 +222,7 @@ class _Lines:
 
         def total(tokens: Ints) -> Ints:
             constant, slope, square = table.take(places[1:].searchsorted(tokens, "right"), axis=1)
-            out: Ints = constant + tokens * (slope + tokens * square)
-            return out
+            return constant + tokens * (slope + tokens * square)
 
         return total
 

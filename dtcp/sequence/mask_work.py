@@ -83,8 +83,7 @@ class WorkRuns:
 
     def _of_first(self, count: Ints, run: Ints | slice) -> Ints:
         """The work of so many tokens of each of some runs."""
-        out: Ints = count * self.work[run] + self.step[run] * (count * (count - 1) // 2)
-        return out
+        return count * self.work[run] + self.step[run] * (count * (count - 1) // 2)
 
 
 @dataclass(frozen=True)
@@ -121,8 +120,7 @@ class MaskWork:
     def of_blocks(self, block: int) -> list[int]:
         """Of equal blocks of tokens, summed over rows; from runs."""
         rows = range(self.coords.rows)
-        total: list[int] = np.sum([self.runs(row).of_blocks(block) for row in rows], 0).tolist()
-        return total
+        return np.sum([self.runs(row).of_blocks(block) for row in rows], 0).tolist()
 
     def of_row(self, row: int) -> "MaskWork":
         """That of a row by itself."""

@@ -71,8 +71,7 @@ class Partition:
             mine = self.pieces(rank)
             start = self.start[mine]
             self.memo["tokens", rank] = expand_tokens(start, self.stop[mine] - start)
-        tokens: NDArray[np.int32] = self.memo["tokens", rank]
-        return tokens
+        return self.memo["tokens", rank]
 
 
 def joined_neighbours(start: Ints, stop: Ints) -> tuple[Ints, Ints]:

@@ -83,8 +83,7 @@ def _head_tail_chunks(lengths: Ints, num_shards: int) -> Ints:
     turn = np.cumsum(leftover)[:, None] - leftover
     index = (np.arange(num_shards) - turn) % num_shards
     head, tail = chunk + (index < leftover), chunk + (index + num_shards < leftover)
-    chunks: Ints = np.concatenate((head, tail[:, ::-1]), axis=1)
-    return chunks
+    return np.concatenate((head, tail[:, ::-1]), axis=1)
 
 
 def _head_tail_runs(lengths: tuple[int, ...], num_shards: int, rank: int) -> list[Run]:

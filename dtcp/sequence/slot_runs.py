@@ -129,8 +129,7 @@ class _Parts(NamedTuple):
         spared = passed * after + left * before
         worst = np.lexsort((-spared, of_tile))
         worst = worst[starts_of_equal(of_tile[worst])]
-        borders: Ints = slot[worst[spared[worst] > tile * tile]]
-        return borders
+        return slot[worst[spared[worst] > tile * tile]]
 
     def tiles(self, start: Ints, bounds: Ints) -> Tiles:
         """Of tiles that start there, and of empty ones up to the last of the bounds."""

@@ -63,10 +63,9 @@ class ContextParallelKeysFromValues(ClaimedMixer, KeysFromValues):
                 f"frequency.requires_grad=True for {self.style}: pass frequency.detach()."
             )
         x = AttentionInputs(q, None, v, key_scale=key_scale, frequency=frequency)
-        out: Tensor = self.style.op(
+        return self.style.op(
             x, metadata, self.softmax(q), groups=self.groups, group_sizes=self.group_sizes
         )
-        return out
 
 
 class ContextParallelLatentAttention(ClaimedMixer, LatentAttention):
@@ -84,7 +83,7 @@ class ContextParallelLatentAttention(ClaimedMixer, LatentAttention):
             rows = self.as_summed(rows)
             whole = DTensor.from_local(rows, self.mesh, placements, run_check=False)
             rows = whole.to_local(grad_placements=(Shard(SEQ), Partial()))
-        out: Tensor = self.style.op(
+        return self.style.op(
             AttentionInputs(q, None, rows, up=up),
             metadata,
             self.softmax(q),
@@ -92,7 +91,6 @@ class ContextParallelLatentAttention(ClaimedMixer, LatentAttention):
             group_sizes=self.group_sizes,
             keys_sum_grads=rows.dtype != q.dtype,
         )
-        return out
 
 
 def _check_plain(**per_head: Tensor | None) -> None:

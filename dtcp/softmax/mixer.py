@@ -171,8 +171,7 @@ class CrossAttention(SoftmaxAttention):
 
     def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
         q, _, v = args[:3]
-        nothing: Tensor = q.new_zeros((*q.shape[:-1], v.shape[-1]))
-        return nothing
+        return q.new_zeros((*q.shape[:-1], v.shape[-1]))
 
 
 class KeysFromValues(MaskedMixer):
@@ -297,8 +296,7 @@ class GatherSharedKV(MaskedMixer):
         return position_ids
 
     def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
-        x: Tensor = args[0]
-        return x
+        return args[0]
 
     def whole_row_metadata(self, coords: Coords) -> AttentionMetadata:
         return NoMetadata()

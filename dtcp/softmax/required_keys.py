@@ -141,8 +141,7 @@ def _needed(layout: SequenceLayout, intervals: KeyIntervals) -> PeerRuns:
     if partition not in memo:
         seq_len = intervals.layout_of_keys(layout).seq_len
         memo[partition] = needed_by_rank(partition, intervals, seq_len)
-    needed: PeerRuns = memo[partition]
-    return needed
+    return memo[partition]
 
 
 def most_received(layout: SequenceLayout, intervals: KeyIntervals, *, limit: int) -> int:

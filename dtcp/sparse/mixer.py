@@ -124,8 +124,7 @@ class CompressedSparseAttention(Mixer):
 
     def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
         q, keys = args[:2]
-        own: Tensor = keys[:, :, None].expand_as(q)
-        return own
+        return keys[:, :, None].expand_as(q)
 
     def bring(
         self, keys: Tensor, pooled: Tensor | None, metadata: SparseMetadata

@@ -168,8 +168,7 @@ class SparseBlockAttention(TokenReader):
     @staticmethod
     def fits(index: Any, kv_heads: int) -> bool:
         """Whether queries of an index have the heads and channels that they are scored by."""
-        fits: bool = index.key.shape[2] == index.q.shape[3]
-        return fits
+        return index.key.shape[2] == index.q.shape[3]
 
     def check_operands(self, q: Tensor, k: Tensor, v: Tensor, index: Any) -> None:
         """Refuse what would be broadcast, or read as something else."""

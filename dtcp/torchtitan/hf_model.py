@@ -95,13 +95,11 @@ class HuggingFaceConfig(BaseModel.Config):
 
     @property
     def vocab_size(self) -> int:
-        size: int = read_config(self.source).get_text_config().vocab_size
-        return size
+        return read_config(self.source).get_text_config().vocab_size
 
     @property
     def num_layers(self) -> int:
-        layers: int = read_config(self.source).get_text_config().num_hidden_layers
-        return layers
+        return read_config(self.source).get_text_config().num_hidden_layers
 
     def expert_counts(self) -> set[int]:
         """How many experts its layers choose from; read off a model without storage."""
@@ -145,8 +143,7 @@ class HuggingFaceConfig(BaseModel.Config):
         with torch.random.fork_rng(), torch.device("cpu"):
             torch.manual_seed(self.seed)
             plain = AutoModelForCausalLM.from_config(deepcopy(read_config(self.source)))
-        weights: dict[str, Tensor] = plain.to(dtype).state_dict()
-        return weights
+        return plain.to(dtype).state_dict()
 
     def to_dict(self) -> dict[str, Any]:
         """As torchtitan prints and saves a config."""
@@ -269,5 +266,4 @@ def _logits_of_tokens(
     _: nn.Module, forward: Callable[..., Any], tokens: Tensor, **inputs: Any
 ) -> Tensor:
     """As torchtitan calls a model: tokens come first, and logits are all it gives."""
-    logits: Tensor = forward(input_ids=tokens, **inputs).logits
-    return logits
+    return forward(input_ids=tokens, **inputs).logits

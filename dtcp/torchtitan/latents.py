@@ -66,5 +66,4 @@ def _attend_to_latents(
     out: Tensor = attention.inner_attention.mixer(
         q, attention.kv_norm(latent), key_rotary[:, :, 0], up, attention_masks
     )
-    result: Tensor = attention.wo(out.flatten(2))
-    return result
+    return attention.wo(out.flatten(2))

@@ -140,8 +140,7 @@ class MoE(nn.Module):
         return self.experts(tokens, index, weight.to(x.dtype), real, shared).view(x.shape)
 
     def _share(self, tokens: Tensor) -> Tensor:
-        gated: Tensor = self.shared_gate(tokens).sigmoid() * self.shared(tokens)
-        return gated
+        return self.shared_gate(tokens).sigmoid() * self.shared(tokens)
 
 
 class Block(nn.Module):

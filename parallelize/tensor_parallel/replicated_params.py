@@ -34,8 +34,7 @@ class ReplicatedParams(ParallelStyle):
 
         def on_local(_: nn.Module, forward: Callable[..., Any], x: Tensor) -> Tensor:
             out = forward(DTensor.from_local(x, device_mesh, placements, run_check=False))
-            local: Tensor = out.to_local(grad_placements=placements)
-            return local
+            return out.to_local(grad_placements=placements)
 
         wrap_forward(module, on_local)
         return module

@@ -84,14 +84,12 @@ class DeepEP:
         rows, *_ = self._buffer_for(x, handle.numbers[0]).dispatch(
             x.contiguous(), handle=own, num_sms=own.num_sms, do_cpu_sync=False
         )
-        arrived: Tensor = rows[_choice(handle) // handle.numbers[0]]
-        return arrived
+        return rows[_choice(handle) // handle.numbers[0]]
 
     def combine(self, rows: Tensor, handle: Handle) -> Tensor:
         own = _ep_handle(handle)
         x, *_ = self._made().combine(_token_sums(rows, handle, own), handle=own)
-        home: Tensor = x
-        return home
+        return x
 
     def combine_weights(
         self, rows: Tensor, weights: Tensor, index: Tensor, handle: Handle

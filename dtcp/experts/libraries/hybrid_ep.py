@@ -57,14 +57,12 @@ class HybridEP:
         rows, *_ = self._made().dispatch_with_permute(
             hidden=x.contiguous(), handle=own, num_permuted_tokens=num_rows
         )
-        arrived: Tensor = rows
-        return arrived
+        return rows
 
     def combine(self, rows: Tensor, handle: Handle) -> Tensor:
         own = self._own(handle)
         x, _ = self._made().combine_with_unpermute(hidden=rows.contiguous(), handle=own)
-        home: Tensor = x
-        return home
+        return x
 
     def combine_weights(
         self, rows: Tensor, weights: Tensor, index: Tensor, handle: Handle

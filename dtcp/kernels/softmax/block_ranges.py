@@ -77,13 +77,11 @@ class KeyLine:
         # Among all keys; of the parts before this one none is missing.
         run = line.searchsorted(places, side="right") - 1
         some = np.minimum(places - line[run], self._length[run])
-        count: Ints = self._total[run] + some - self._of_part[part]
-        return count
+        return self._total[run] + some - self._of_part[part]
 
     def place(self, part: Ints, token: Ints) -> Ints:
         """Where tokens of a part lie on a line of all parts."""
-        place: Ints = part * self._width + np.minimum(token, self._width - 1)
-        return place
+        return part * self._width + np.minimum(token, self._width - 1)
 
     @cached_property
     def bounds(self) -> Ints:

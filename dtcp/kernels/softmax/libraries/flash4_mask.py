@@ -25,5 +25,4 @@ def interval_mask_function() -> Callable[..., Any]:
         seen = (first_key[row, query[0]] <= index) & (index <= last_key[row, query[0]])
         return scalar_to_ssa(seen, cutlass.Boolean)
 
-    made: Callable[..., Any] = interval_mask
-    return made
+    return interval_mask
