@@ -23,9 +23,9 @@ def start_all_to_all(x: Tensor, receive: list[int], send: list[int], group: str)
     torch keeps rows and result alive until then; its public collectives hand out a Work, which
     no op can return (2.11-2.15).
     """
-    return cast(Tensor, torch.ops._c10d_functional.all_to_all_single(x, receive, send, group))
+    return torch.ops._c10d_functional.all_to_all_single(x, receive, send, group)
 
 
 def arrived(flying: Tensor) -> Tensor:
     """Wait for a tensor of start_all_to_all; one that is there already is handed on (2.11-2.15)."""
-    return cast(Tensor, torch.ops._c10d_functional.wait_tensor(flying))
+    return torch.ops._c10d_functional.wait_tensor(flying)

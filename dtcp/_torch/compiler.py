@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,12 @@ _R = TypeVar("_R")
 
 def dynamo_error() -> type[Exception]:
     """What dynamo raises where it cannot make a graph: it has no public name (2.11-2.15)."""
-    return cast(type[Exception], torch._dynamo.exc.TorchDynamoException)
+    return torch._dynamo.exc.TorchDynamoException
 
 
 def graph_limit_error() -> type[Exception]:
     """What dynamo raises at its limit of graphs: it has no public name (2.11-2.15)."""
-    return cast(type[Exception], torch._dynamo.exc.FailOnRecompileLimitHit)
+    return torch._dynamo.exc.FailOnRecompileLimitHit
 
 
 def is_compiled_module(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ def fsdp_param_groups(unit: FSDPModule) -> list[Any] | tuple[Any, ...]:
 
 def _groups_of(state: Any) -> list[Any] | tuple[Any, ...]:
     if hasattr(state, "_fsdp_param_groups"):
-        return cast(list[Any], state._fsdp_param_groups)
+        return state._fsdp_param_groups
     return () if state._fsdp_param_group is None else (state._fsdp_param_group,)
 
 

@@ -47,7 +47,7 @@ def to_local(tree: Tree) -> Tree:
     elif isinstance(tree, (list, tuple)):
         local = [to_local(value) for value in tree]
         local = tuple(local) if isinstance(tree, tuple) else local
-    return cast(Tree, local)
+    return local
 
 
 def wrap(local: Tensor, like: DTensor) -> DTensor:

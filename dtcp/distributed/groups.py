@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def group_name(mesh: DeviceMesh) -> str:
 
 def axis_group_name(mesh: DeviceMesh, index: int) -> str:
     """`group_name` of one axis of a larger mesh; torch 2.11 cannot slice a mesh while tracing."""
-    return cast(str, mesh.get_group(index).group_name)
+    return mesh.get_group(index).group_name
 
 
 def group_sizes(names: Sequence[str]) -> list[int]:

@@ -4,7 +4,7 @@ A gradient that is the same on every rank would be summed to n times itself by t
 usual collectives. Here each rank keeps what belongs to its own tokens.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def gather_for_replicated_loss(
 
     Traffic per rank: forward, (n - 1) * L tokens.
     """
-    return cast(Tensor, _Gather.apply(x, layout, mesh, dim))
+    return _Gather.apply(x, layout, mesh, dim)
 
 
 def sum_for_replicated_loss(x: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -30,7 +30,7 @@ def sum_for_replicated_loss(x: Tensor, mesh: DeviceMesh) -> Tensor:
 
     Traffic per rank: forward, (n - 1) * x.numel() elements.
     """
-    return cast(Tensor, _Sum.apply(x, mesh))
+    return _Sum.apply(x, mesh)
 
 
 class _Gather(torch.autograd.Function):

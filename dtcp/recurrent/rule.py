@@ -8,7 +8,7 @@ it counts its own executions; the collectives inside count their bytes.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ class RuleOp:
             scan: bring states by a scan, rather than by gathering them.
             groups: the process group of the sequence; none for whole rows.
         """
-        return cast(Tensor, self.forward(*inputs, metadata.tensors(), scan, list(groups))[0])
+        return self.forward(*inputs, metadata.tensors(), scan, list(groups))[0]
 
     def _forward(self, *args: Any) -> tuple[Tensor, Tensor]:
         *given, metadata, scan, groups = args

@@ -35,7 +35,7 @@ class ContextParallelAttention(ClaimedMixer, SoftmaxAttention):
             x, metadata, self.softmax(x.q), groups=self.groups, group_sizes=self.group_sizes
         )
         if distributed:
-            return cast(Tensor, out)
+            return out
         return cast(DTensor, out).to_local(grad_placements=self._placements())
 
     def _wrap(self, x: Tensor) -> DTensor:

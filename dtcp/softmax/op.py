@@ -10,7 +10,7 @@ every batch without a new graph; and the op counts its own executions and bytes.
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -150,7 +150,7 @@ class AttentionOp:
             in_line=metadata.in_line,
             wide=softmax.wide,
         )
-        return cast(Tensor, self.forward(*arguments)[0])
+        return self.forward(*arguments)[0]
 
     def _forward(self, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
         x, op = ForwardArguments(*arguments), f"dtcp::{self.name}"

@@ -7,7 +7,7 @@ refused before any rank starts: a window or a transform that nobody reads would 
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields, replace
-from typing import Any, cast
+from typing import Any
 
 from dtcp.torchtitan.attention import MixerAttention
 
@@ -265,7 +265,7 @@ _HARMLESS = ("Config", "init_states", "init_weights")
 
 def _owner(config: object) -> type | None:
     """The class that a config of torchtitan builds, as its Configurable wires it (0.3.0)."""
-    return cast("type | None", getattr(config, "_owner", None))
+    return getattr(config, "_owner", None)
 
 
 def _overridden(owner: type | None, base: type | None) -> Iterator[str]:

@@ -106,7 +106,7 @@ class DeepseekV4(nn.Module):
             x = block(x, input_ids, position_ids, attn_metadata)
         logits = self.lm_head(self.norm(self.head(x)))
         if mtp_input_ids is None:
-            return cast(Tensor, logits)
+            return logits
         all_logits = [logits]
         for module, ids in zip(self.mtp, mtp_input_ids.unbind(1), strict=True):
             depth = cast(MultiTokenPrediction, module)

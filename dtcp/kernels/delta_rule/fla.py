@@ -9,7 +9,7 @@ only where fla is installed.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -214,7 +214,7 @@ def _inside_chunks(
         dh=d_h,
         scale=1.0,
     )
-    return cast("tuple[Tensor, Tensor, Tensor, Tensor]", grads)
+    return grads
 
 
 def whole_chunks(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Written against fla-core 0.6, which is imported where it is called.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,7 +109,7 @@ def _read(chunks: PaddedChunks, state: Tensor, x: LinearInputs) -> Tensor:
 
     h, _ = _states(chunks, state, wide=False)
     out = chunk_fwd_o(q=chunks.q, k=chunks.k, v=chunks.v, h=h, g=chunks.decay, scale=1.0)
-    return cast("Tensor", out[:, : x.v.shape[1]].to(x.v.dtype))
+    return out[:, : x.v.shape[1]].to(x.v.dtype)
 
 
 def _states_backward(
