@@ -122,9 +122,7 @@ def expert_styles(
         return {name: ExpertTensorParallel() for name in names}, {}
     check_experts(num_experts, mesh.size("ep"))
     style = ExpertParallel(
-        mesh.tp,
-        mesh.ep_ranks_per_node,
-        split_over=mesh.experts if mesh.degrees.etp > 1 else None,
+        mesh.tp, mesh.ep_ranks_per_node, split_over=mesh.experts if mesh.degrees.etp > 1 else None
     )
     return {}, {name: replace(style) for name in names}
 

@@ -152,13 +152,7 @@ class _Spread:
         if experts.training:
             add_load(getattr(experts, LOAD), top_k_index, real)
         compute = partial(_compute, experts, joined_view(experts, local_parameters(experts)))
-        out, _ = exchanged(
-            self.exchange,
-            tokens,
-            compute,
-            real=real,
-            shared_by=self.shared_by,
-        )
+        out, _ = exchanged(self.exchange, tokens, compute, real=real, shared_by=self.shared_by)
         return out
 
 

@@ -117,9 +117,7 @@ def test_what_is_no_mixer_cannot_be_claimed(mesh):
 def test_mixer_claimed_twice_is_refused(mesh):
     mixer = mixer_on(mesh, RingAttention(), Causal())
     refused(
-        "got a ContextParallelAttention",
-        lambda: UlyssesAttention()._apply(mixer, mesh),
-        TypeError,
+        "got a ContextParallelAttention", lambda: UlyssesAttention()._apply(mixer, mesh), TypeError
     )
 
 
@@ -182,8 +180,7 @@ def test_options_of_a_style_inside_of_another_are_refused(outer, make):
 @spmd(axes={"dp_shard": 2, "cp": 1, "tp": 2})
 def test_mesh_of_three_axes_is_refused(mesh):
     refused(
-        "got a mesh of 3 axes",
-        lambda: RingAttention()._apply(SoftmaxAttention(Causal()), mesh),
+        "got a mesh of 3 axes", lambda: RingAttention()._apply(SoftmaxAttention(Causal()), mesh)
     )
 
 

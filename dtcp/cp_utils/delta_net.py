@@ -155,10 +155,7 @@ class CPAwareGatedDeltaNet(nn.Module):
             hidden_states = hidden_states * attention_mask[..., None].to(hidden_states.dtype)
         if sharded:
             return self._forward_with_cp(
-                hidden_states,
-                position_ids=position_ids,
-                seq_index=seq_index,
-                cu_seqlens=cu_seqlens,
+                hidden_states, position_ids=position_ids, seq_index=seq_index, cu_seqlens=cu_seqlens
             )
         token_index = torch.arange(hidden_states.shape[1], device=hidden_states.device)
         index = index_in_document(hidden_states, token_index, position_ids, cu_seqlens)

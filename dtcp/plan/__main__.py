@@ -110,10 +110,7 @@ def _show(
 ) -> int:
     if not search.candidates:
         why = search.refused[0].why if search.refused else _undivided(request.workload, cluster)
-        print(
-            f"error: No mesh of {cluster} carries the model: {on_one_line(why)}",
-            file=sys.stderr,
-        )
+        print(f"error: No mesh of {cluster} carries the model: {on_one_line(why)}", file=sys.stderr)
         return 2
     best = search.best
     if arguments.json:

@@ -302,9 +302,7 @@ def _rank_forecast(
         moved, flops = _asked(call, tensors, groups)
         if call.place.backward:
             known = replace(
-                known,
-                backward=known.backward + moved,
-                backward_flops=known.backward_flops + flops,
+                known, backward=known.backward + moved, backward_flops=known.backward_flops + flops
             )
         else:
             known = replace(

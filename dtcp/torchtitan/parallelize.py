@@ -55,9 +55,7 @@ from dtcp.softmax.mixer import name_kernel
 def mesh_with_section(dims: ParallelDims, section: Section) -> ParallelMesh:
     """torchtitan's meshes, with what the section adds to them."""
     return ParallelMesh.from_parallel_dims(
-        dims,
-        etp=section.expert_tensor_parallel_degree,
-        ranks_per_node=section.ranks_per_node,
+        dims, etp=section.expert_tensor_parallel_degree, ranks_per_node=section.ranks_per_node
     )
 
 

@@ -48,10 +48,7 @@ def check(mesh, ranks_per_node):
 def test_two_tier_gather_crosses_once_to_each_node_and_sums_come_home_once(mesh):
     check(mesh, 2)
     x = torch.zeros(2, 2)
-    refused(
-        "equally many ranks",
-        lambda: all_gather_on_nodes(x, mesh, dim=0, ranks_per_node=3),
-    )
+    refused("equally many ranks", lambda: all_gather_on_nodes(x, mesh, dim=0, ranks_per_node=3))
 
 
 @pytest.mark.slow

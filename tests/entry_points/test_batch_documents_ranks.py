@@ -140,11 +140,7 @@ def test_every_entry_compares_the_ranks_A3(mesh):
         "hf": lambda: shard_hf_batch(batch, whole, model=model),
         "loss": lambda: causal_lm_loss(model, batch, whole),
         "cp_utils": lambda: make_cp_batch_and_ctx(mesh, batch),
-        "thd": lambda: make_cp_batch_and_ctx(
-            mesh,
-            {**batch, **slots},
-            use_te=True,
-        ),
+        "thd": lambda: make_cp_batch_and_ctx(mesh, {**batch, **slots}, use_te=True),
         "dsv4": lambda: make_dsv4_contiguous_shard_cp_batch_and_ctx(axis, None, batch),
         "gemma4": lambda: make_contiguous_shard_cp_batch_and_ctx(axis, None, batch),
     }

@@ -337,8 +337,7 @@ def a_mask(draw, documents, depth=2):
     if kind == 2:
         size, right = draw.integer(1, 9), draw.choice((None, 0, draw.integer(0, 6)))
         mask = SlidingWindow(
-            draw.bad("size", size, 0, -1, 1.5, None, "3"),
-            draw.bad("right", right, -1, 0.5, "1"),
+            draw.bad("size", size, 0, -1, 1.5, None, "3"), draw.bad("right", right, -1, 0.5, "1")
         )
         return mask, reference.Window(size, right)
     if kind == 3:
