@@ -28,12 +28,7 @@ from dtcp.kernels.softmax.api import (
 from dtcp.kernels.softmax.block_ranges import block_ranges
 from dtcp.kernels.softmax.reference import ReferenceAttention
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.masks import (
-    Causal,
-    Coords,
-    Mask,
-    SlidingWindow,
-)
+from dtcp.sequence.masks import Causal, Coords, Mask, SlidingWindow
 
 WINDOW = 1024
 LENGTHS = (8192, 32_768, 131_072)

@@ -36,19 +36,8 @@ from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.kernels.delta_rule.api import DeltaInputs, delta_kernel
 from dtcp.mixer_metadata import batch_metadata
 from dtcp.mixer_plan import apply_plan
-from dtcp.models.qwen3_5 import (
-    PRESETS,
-    DeltaNetConfig,
-    GatedDeltaNet,
-    Qwen35Config,
-)
-from dtcp.recurrent import (
-    CausalConvCP,
-    GatedDeltaCP,
-    GatherStates,
-    RelayoutCP,
-    ScanStates,
-)
+from dtcp.models.qwen3_5 import PRESETS, DeltaNetConfig, GatedDeltaNet, Qwen35Config
+from dtcp.recurrent import CausalConvCP, GatedDeltaCP, GatherStates, RelayoutCP, ScanStates
 from dtcp.recurrent.exchange import entering_by_gather, entering_by_scan, summaries_received
 from dtcp.recurrent.metadata import chain_of
 from dtcp.recurrent.moves import DeltaShape

@@ -23,27 +23,14 @@ from torch.nn import functional as F
 
 from benchmarks.on_ranks import measured_on_ranks
 from benchmarks.report import conditions, publish, table
-from benchmarks.window_bytes import (
-    LayerBytes,
-    all_gather,
-    ours,
-    total,
-    whole_chunk_ring,
-)
+from benchmarks.window_bytes import LayerBytes, all_gather, ours, total, whole_chunk_ring
 from dtcp.batch import shard_batch
 from dtcp.distributed import collectives
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.kernels.softmax.block_ranges import block_ranges
 from dtcp.mixer_plan import apply_plan
-from dtcp.models.gemma4 import (
-    PRESETS,
-    Block,
-    Gemma4Config,
-    HeadShape,
-    LayerType,
-    layer_pattern,
-)
+from dtcp.models.gemma4 import PRESETS, Block, Gemma4Config, HeadShape, LayerType, layer_pattern
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout

@@ -3,16 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.gpu import (
-    kernels,
-    long_rows,
-    memory,
-    other_kernels,
-    overlap,
-    ranks,
-    shared,
-    speed,
-)
+from benchmarks.gpu import kernels, long_rows, memory, other_kernels, overlap, ranks, shared, speed
 from benchmarks.gpu.problems import Case
 
 
