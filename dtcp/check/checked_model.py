@@ -37,11 +37,9 @@ class CheckedModel(Protocol):
 
     def parameter_count(self) -> int:
         """How many numbers the model's parameters hold."""
-        ...
 
     def build(self) -> Any:
         """The model, in fp64."""
-        ...
 
     def mixing(self, model: Any, style: AttentionStyle, tp: int = 1) -> Mixing: ...
 
@@ -51,7 +49,6 @@ class CheckedModel(Protocol):
 
     def logits_on_one_device(self, model: Any, input_ids: Tensor, documents: Documents) -> Tensor:
         """Logits of one row of packed documents, [1, S, C]."""
-        ...
 
     def shard(
         self,
@@ -62,13 +59,11 @@ class CheckedModel(Protocol):
         layout: type[SequenceLayout],
     ) -> tuple[dict[str, Tensor], ShardedBatch]:
         """This rank's part of whole rows; labels are shifted already."""
-        ...
 
     def local_logits(
         self, model: Any, batch: Mapping[str, Tensor], sharded: ShardedBatch
     ) -> Tensor:
         """Logits of this rank's part, [1, L, C]."""
-        ...
 
 
 def vocabulary(model: Any) -> int:

@@ -50,7 +50,6 @@ class TokenExchange(Protocol):
     @property
     def num_experts(self) -> int:
         """Of all ranks together."""
-        ...
 
     def __call__(self, tokens: RoutedTokens, compute: Compute) -> tuple[Tensor, Tensor | None]:
         """Sum the weighted outputs of each token's experts, wherever they are; differentiable.
@@ -58,7 +57,6 @@ class TokenExchange(Protocol):
         Returns:
             [N, D], and what `meanwhile` gave.
         """
-        ...
 
 
 @dataclass(frozen=True)

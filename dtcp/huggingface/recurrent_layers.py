@@ -50,17 +50,14 @@ class KernelNotes(Protocol):
 
     def note_unread(self, module: nn.Module) -> None:
         """A layer receives no metadata."""
-        ...
 
     def note_own_mask(self, layer: nn.Module, mask: Tensor) -> None:
         """A layer receives a mask [B, L], which the model makes where it is given none."""
-        ...
 
     def note_kernel(
         self, layer: nn.Module, name: str, kind: type[Mixer], arguments: Mapping[str, Any]
     ) -> None:
         """A layer calls a kernel that this mixer stands for."""
-        ...
 
 
 def recurrent_layers(model: nn.Module) -> list[nn.Module]:

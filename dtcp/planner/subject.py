@@ -32,13 +32,11 @@ class Subject(Protocol):
 
     def build(self) -> nn.Module:
         """The model, on the device and in the dtype that are the default."""
-        ...
 
     def plan(
         self, model: nn.Module, mesh: ParallelMesh, attention: AttentionStyle, layout: Any
     ) -> ParallelPlan:
         """What its modules become; ValueError: this mesh or strategy does not suit it."""
-        ...
 
     def batch(
         self,
@@ -48,13 +46,11 @@ class Subject(Protocol):
         documents: Documents,
     ) -> Batch:
         """A rank's part of a batch of these documents."""
-        ...
 
     def logits(
         self, model: nn.Module, local: Mapping[str, Tensor], sharded: ShardedBatch
     ) -> tuple[Tensor, ...]:
         """Of the next token, and of those further ahead that it predicts."""
-        ...
 
 
 @dataclass(frozen=True)

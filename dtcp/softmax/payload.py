@@ -37,31 +37,24 @@ class KVPayload(Protocol):
 
     def pack(self, slots: Tensor) -> Tensor:
         """Rows of some local tokens, [m] int32: [m, B, G, W]."""
-        ...
 
     def local(self, part: int) -> tuple[Tensor, Tensor]:
         """k and v of all local tokens."""
-        ...
 
     def received(self, rows: Tensor, part: int) -> tuple[Tensor, Tensor]:
         """k and v of rows [m, B, G, W] that another rank sent."""
-        ...
 
     def in_order(self, rows: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
         """k and v of local tokens and of received rows, in token order."""
-        ...
 
     def grad_buffers(self, tokens: int) -> GradBuffers:
         """Room for the gradients of so many keys."""
-        ...
 
     def finish(self, buffers: GradBuffers, v: Tensor, part: int) -> Tensor:
         """Gradients of the rows [B, m, G, W], once dk and dv have been summed."""
-        ...
 
     def input_gradients(self, rows: Tensor) -> "PayloadGradients":
         """Gradients of what the payload is of, from those of the local rows [B, L, G, W]."""
-        ...
 
 
 class KeyValuePayload:

@@ -64,17 +64,14 @@ class Strategy(Protocol):
 
     def metadata_of(self, tensors: Sequence[Tensor]) -> AttentionMetadata:
         """What the style worked out for the batch, of its tensors: an op takes these alone."""
-        ...
 
     def forward(self, x: AttentionInputs, context: OpContext) -> ForwardResult:
         """Attend."""
-        ...
 
     def backward(
         self, grad_out: Tensor, x: AttentionInputs, result: ForwardResult, context: OpContext
     ) -> AttentionInputs:
         """The gradients of x."""
-        ...
 
     def saved_like(
         self, x: AttentionInputs, metadata: Any, group_sizes: Sequence[int]
@@ -84,8 +81,6 @@ class Strategy(Protocol):
         Args:
             group_sizes: the number of ranks of each of the op's groups, which a fake does not know.
         """
-        ...
 
     def moves(self, shape: AttentionShape, length: int, metadata: Any, peers: Peers) -> Moves:
         """What a call of this shape on `length` local tokens moves, of what the host reads."""
-        ...

@@ -38,21 +38,17 @@ class TokenLibrary(Protocol):
         Returns:
             rows [R, D], weights [R], ends [E / n] int32, and the handle.
         """
-        ...
 
     def dispatch_again(self, x: Tensor, handle: Handle) -> Tensor:
         """Send [N, D] the same way: rows [R, D]."""
-        ...
 
     def combine(self, rows: Tensor, handle: Handle) -> Tensor:
         """Bring rows home, and sum those of a token: [N, D]."""
-        ...
 
     def combine_weights(
         self, rows: Tensor, weights: Tensor, index: Tensor, handle: Handle
     ) -> tuple[Tensor, Tensor]:
         """The same with a number [R] for each row, which goes to its choice: [N, D] and [N, k]."""
-        ...
 
 
 def pack_handle(handle: Handle) -> tuple[Tensor, Tensor]:
