@@ -63,7 +63,6 @@ def node_ring_metadata(
         _by(runs, back[_owner(keys_layout.partition, runs)] * m + runs.peer % m)
         for runs in (hops.onward, hops.arriving)
     )
-    first_hop, second_hop = ((x.stop - x.start, x.peer // m) for x in (received, arriving))
     keys = _lined_up(hops, received, arriving, (nodes, m, local_len))
     order, token_index = _order_of_steps(keys, nodes, m * local_len)
     rows, first, last = local_runs(layout, rank, intervals)
