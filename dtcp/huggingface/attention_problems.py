@@ -59,7 +59,7 @@ def problems_of(
         if key not in BIASES or not is_of_bias(value)
         if not isinstance(value, PickedBlocks)
     ]
-    of_keys = _problem_of_keys(module, q, k, mask, cross=cross, merged=merged)
+    of_keys = _problem_of_keys(q, k, mask, cross=cross, merged=merged)
     problems = [of_keys] if of_keys else []
     if arguments.get("dropout"):
         problems.append(
@@ -110,9 +110,7 @@ def _problems_of_picking(
     return problems
 
 
-def _problem_of_keys(
-    module: nn.Module, q: Tensor, k: Tensor, mask: Mask | None, *, cross: bool, merged: bool
-) -> str:
+def _problem_of_keys(q: Tensor, k: Tensor, mask: Mask | None, *, cross: bool, merged: bool) -> str:
     """Why queries do not see an interval of the keys of one sequence; empty where they do."""
     if cross and mask != Bidirectional():
         return (
