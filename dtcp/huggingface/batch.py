@@ -12,17 +12,8 @@ from dtcp.distributed.gathered import free_gathered
 from dtcp.distributed.gradient_sums import check_gradients_summed
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface.documents import documents_of_hf_batch
-from dtcp.huggingface.encoder_decoder import (
-    check_labeled,
-    encoder_name,
-    shard_two_sequences,
-)
-from dtcp.huggingface.images import (
-    IMAGES,
-    agreed_on_images,
-    whole_rows,
-    with_blocks,
-)
+from dtcp.huggingface.encoder_decoder import check_labeled, encoder_name, shard_two_sequences
+from dtcp.huggingface.images import IMAGES, agreed_on_images, whole_rows, with_blocks
 from dtcp.huggingface.install import check_has_mixers, model_with_mixers
 from dtcp.huggingface.pooled_head import last_token_mixer
 from dtcp.huggingface.rotary_lengths import last_position

@@ -14,12 +14,7 @@ from torch import Tensor
 
 from dtcp.autocast import as_autocast_casts
 from dtcp.huggingface.attend_by_name import ROPE, attend_by_name, check_no_cache
-from dtcp.sparse_blocks import (
-    BlockIndex,
-    ScoredBlockAttention,
-    ScoreIndex,
-    SparseBlockAttention,
-)
+from dtcp.sparse_blocks import BlockIndex, ScoredBlockAttention, ScoreIndex, SparseBlockAttention
 
 BLOCK_INDICES = "block_indices"
 """The argument of a call of attention that says which blocks it reads, as MiniMax-M3 calls it."""

@@ -60,11 +60,7 @@ def _attend_to_picked(
 
 
 def _queries_and_latents(
-    module: Any,
-    hidden_states: Tensor,
-    q: Tensor,
-    tables: Tables,
-    shared: Latents | None,
+    module: Any, hidden_states: Tensor, q: Tensor, tables: Tables, shared: Latents | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries [B, H, L, D] of [B, L, H, D]; and keys and values, as `expand_kv` says."""
     form: PickingForm = getattr(module, FORM)

@@ -10,14 +10,7 @@ from typing import TypeVar, cast
 from torch import distributed as dist
 
 from dtcp.distributed.groups import rank_of_process
-from dtcp.pretrain.manifest import (
-    NAME,
-    Manifest,
-    changed_file,
-    misfit,
-    read_manifest,
-    small_files,
-)
+from dtcp.pretrain.manifest import NAME, Manifest, changed_file, misfit, read_manifest, small_files
 from dtcp.pretrain.saved_folders import SavedFolders
 
 T = TypeVar("T")

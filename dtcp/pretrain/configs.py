@@ -9,13 +9,7 @@ from pathlib import Path
 
 from dtcp.torchtitan.hf_model import BYTE_VOCABULARY
 from dtcp.torchtitan.loss import TokenLoss
-from dtcp.torchtitan.model_spec import (
-    DEEPSEEK_V4,
-    GEMMA4,
-    QWEN3_5,
-    llama,
-    spec_of,
-)
+from dtcp.torchtitan.model_spec import DEEPSEEK_V4, GEMMA4, QWEN3_5, llama, spec_of
 from dtcp.torchtitan.section import Section
 
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw

@@ -25,13 +25,7 @@ from dtcp.pretrain.fingerprint import changes
 from dtcp.pretrain.packing import Cursor, Row, pack
 from dtcp.pretrain.prefetch import Prefetcher
 from dtcp.pretrain.progress import say
-from dtcp.pretrain.sources import (
-    HuggingFace,
-    Part,
-    Source,
-    folder,
-    standard_library,
-)
+from dtcp.pretrain.sources import HuggingFace, Part, Source, folder, standard_library
 from dtcp.pretrain.text_files import DataError
 from dtcp.pretrain.tokenizer import Tokenizer
 from dtcp.sequence.arguments import check_ints

@@ -6,14 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dtcp.torchtitan.hf_model import weights_folder
-from dtcp.torchtitan.model_spec import (
-    DEEPSEEK_V4,
-    GEMMA4,
-    LLAMA,
-    QWEN3_5,
-    Family,
-    spec_of,
-)
+from dtcp.torchtitan.model_spec import DEEPSEEK_V4, GEMMA4, LLAMA, QWEN3_5, Family, spec_of
 
 from torchtitan.protocols.model_spec import ModelSpec
 

@@ -61,13 +61,7 @@ class Row:
 
 
 def pack(
-    source: Source,
-    tokenizer: Tokenizer,
-    seq_len: int,
-    start: Cursor,
-    *,
-    infinite: bool,
-    name: str,
+    source: Source, tokenizer: Tokenizer, seq_len: int, start: Cursor, *, infinite: bool, name: str
 ) -> Iterator[Row]:
     """Full rows from a cursor on.
 

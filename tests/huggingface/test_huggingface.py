@@ -45,12 +45,7 @@ from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import Causal, SlidingWindow
 from dtcp.softmax import AllGatherAttention, RingAttention, UlyssesAttention
-from tests.harness.hf_models import (
-    MODELS,
-    SHAPE,
-    build,
-    config_of,
-)
+from tests.harness.hf_models import MODELS, SHAPE, build, config_of
 from tests.harness.parity import assert_gradients, gradients, summed
 from tests.harness.spmd import spmd
 

@@ -15,12 +15,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from dtcp.mixer_metadata import batch_metadata
-from dtcp.models.deepseek_v4 import (
-    DeepseekV4,
-    config_from_hf,
-    from_hf,
-    tiny,
-)
+from dtcp.models.deepseek_v4 import DeepseekV4, config_from_hf, from_hf, tiny
 from dtcp.pretrain.configs import deepseek_v4_tiny
 from dtcp.pretrain.trainer import Trainer
 from dtcp.sequence.documents import Documents

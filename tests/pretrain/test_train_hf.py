@@ -5,12 +5,7 @@ import shutil
 from copy import deepcopy
 from functools import partial
 
-from dtcp.torchtitan.hf_model import (
-    SEED,
-    HuggingFaceConfig,
-    huggingface_spec,
-    read_config,
-)
+from dtcp.torchtitan.hf_model import SEED, HuggingFaceConfig, huggingface_spec, read_config
 from dtcp.torchtitan.section import Section
 
 import pytest

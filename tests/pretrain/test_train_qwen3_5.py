@@ -12,12 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dtcp.mixer_metadata import batch_metadata
-from dtcp.models.qwen3_5 import (
-    Qwen35,
-    config_from_hf,
-    from_hf,
-    tiny,
-)
+from dtcp.models.qwen3_5 import Qwen35, config_from_hf, from_hf, tiny
 from dtcp.pretrain.configs import qwen3_5_moe_tiny
 from dtcp.pretrain.trainer import Trainer
 from dtcp.sequence.documents import Documents
