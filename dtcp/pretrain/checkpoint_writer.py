@@ -106,8 +106,7 @@ class _HashedStream(io.IOBase):
         view = memoryview(data).cast("B")
         self.digest.update(view)
         self.size += len(view)
-        written: int = self._stream.write(data)
-        return written
+        return self._stream.write(data)
 
     def tell(self) -> int:
         return self._stream.tell()

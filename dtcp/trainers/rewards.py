@@ -142,8 +142,7 @@ def _as_numbers(rewards: Any, rows: int) -> list[float]:
             f"A reward function gives each completion a number or None, got rewards of shape "
             f"{list(of_rows.shape)} of {rows} completions: give a list of as many."
         )
-    values: list[float] = of_rows.tolist()
-    return values
+    return of_rows.tolist()
 
 
 def _is_async(judge: Any) -> bool:
