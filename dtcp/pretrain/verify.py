@@ -27,7 +27,6 @@ from dtcp.mixer_metadata import batch_metadata
 from dtcp.pretrain.batches import ahead_of, batch_documents, forward_names
 from dtcp.pretrain.progress import say
 from dtcp.pretrain.trainer import Trainer, share_router_losses
-from dtcp.token_dropout import leave_out_dropout
 
 TOLERANCE = 1e-5
 """Largest relative difference of a loss; fp32 sums in another order differ by 1e-7 or so."""
@@ -46,7 +45,6 @@ def verify(config: Trainer.Config) -> int:
     config = _shortened(config)
     with float64_by_name():
         trainer = config.build()
-    leave_out_dropout(trainer.model_parts[0])
     weights = whole_tensors(trainer.model_parts[0].state_dict())
     gradients = first_gradients(trainer.optimizers, trainer.model_parts[0])
     try:
@@ -179,7 +177,6 @@ def _plain_model(
     if config.compile.enable:
         for block in model.layers.children():
             block.forward = compile_whole(block.forward, backend=config.compile.backend)
-    leave_out_dropout(model)
     return model.train()
 
 
