@@ -71,7 +71,7 @@ def by_hand(seed):
 MESHES = {2: Degrees(cp=2), 3: Degrees(cp=3), 4: Degrees(cp=2, dp_shard=2)}
 
 
-@pytest.mark.slow_where(lambda ranks, layout: ranks == 3 or layout is Contiguous)
+@pytest.mark.slow_where(lambda compiled, ranks, layout: ranks == 3 or layout is Contiguous)
 @pytest.mark.parametrize("layout", [HeadTail, Contiguous])
 @pytest.mark.parametrize("compiled", [False, True])
 @spmd(ranks=(2, 3, 4))
