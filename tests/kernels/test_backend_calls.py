@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from dtcp.kernels.softmax.calls import CallKind, calls_of
+from dtcp.kernels.softmax.demand import demand_of
 from dtcp.kernels.softmax.libraries.flash4 import block_size
 from dtcp.kernels.softmax.pieces import EVERY_ROW, MOST_PIECES, find_pieces, read_pieces
 from dtcp.kernels.softmax.sparsity import block_states, key_blocks, query_blocks
-from dtcp.kernels.softmax.types import Keys, Queries
+from dtcp.kernels.softmax.types import Keys, Queries, SoftmaxParams
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
@@ -25,7 +26,7 @@ from dtcp.softmax import (
     RingAttention,
     UlyssesAttention,
 )
-from tests.harness import packings
+from tests.harness import packings, work
 from tests.harness.attention_parity import IMAGES_IN_WINDOW, MASK_CASES, PREFIX
 from tests.harness.dense_attention import seen_under
 
@@ -207,6 +208,26 @@ def test_packed_documents_are_one_packed_call_of_a_backend():
                 assert len(calls) <= 1 or mask is WINDOW
     (calls,) = calls_on(AllGatherAttention(), HeadTail(64, 4), 1, Causal(), documents)
     assert len(calls) <= 2 and {call.kind for call in calls} == {CallKind.CAUSAL}
+
+
+def test_a_further_layer_does_no_work_for_each_document_of_a_packed_call():
+    works = []
+    for documents in (4, 40):
+        index = torch.arange(8 * documents)
+        pieces = find_pieces((index // 8 * 8)[None], index[None], index, tiles=1)
+        calls = calls_of(pieces, batch=1, length=len(index), num_keys=len(index))
+        x = torch.empty(1, len(index), 2, 8)
+        queries, keys = Queries(x, index[None], index[None]), Keys(x, x, index)
+
+        def layer(calls=calls, queries=queries, keys=keys):
+            demand_of(queries, keys, calls, SoftmaxParams(1.0))
+            for call in calls:
+                call.lengths(queries.q.device)
+
+        layer()
+        works.append(work.calls_of(layer))
+        assert [len(call.spans) for call in calls] == [documents]
+    assert works[0] == works[1]
 
 
 def test_documents_cut_head_tail_each_are_two_packed_calls_of_a_backend():

@@ -8,6 +8,7 @@ first step of a ring and one in every other; packed documents on a contiguous sh
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -52,6 +53,8 @@ class Lengths(NamedTuple):
 class Call:
     """One call of a plain kernel: one sequence, or several packed one after another.
 
+    What it says of all spans is worked out once, for the layers that read the same table.
+
     Args:
         spans: ascending and apart.
         left, right: keys that a query sees beside its diagonal; None for all.
@@ -74,7 +77,7 @@ class Call:
     def packed(self) -> bool:
         return len(self.spans) > 1
 
-    @property
+    @cached_property
     def skewed(self) -> bool:
         """Whether there are other numbers of queries than of keys under a diagonal."""
         unequal = any(s.q_stop - s.q_start != s.k_stop - s.k_start for s in self.spans)
@@ -89,7 +92,14 @@ class Call:
         return slice(self.spans[0].k_start, self.spans[-1].k_stop)
 
     def lengths(self, device: torch.device) -> Lengths:
-        """Boundaries of the sequences, counted from the first query and the first key.
+        """Boundaries of the sequences, counted from the first query and the first key."""
+        # Copied by each call: a copy that was kept could be read on another stream, too early.
+        own = self._lengths
+        return own._replace(q=on_device(own.q, device), k=on_device(own.k, device))
+
+    @cached_property
+    def _lengths(self) -> Lengths:
+        """The same on the host.
 
         Queries between two spans see nothing here, and keys are seen by none: they are sequences
         without keys, and without queries.
@@ -107,7 +117,7 @@ class Call:
             k.append(k[-1] + span.k_stop - span.k_start)
             at_q, at_k = span.q_stop, span.k_stop
         longest_q, longest_k = (max(b - a for a, b in pairwise(x)) for x in (q, k))
-        of_q, of_k = (on_device(torch.tensor(x, dtype=torch.int32), device) for x in (q, k))
+        of_q, of_k = (torch.tensor(x, dtype=torch.int32, device="cpu") for x in (q, k))
         return Lengths(of_q, of_k, longest_q, longest_k)
 
 
