@@ -3,7 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -14,6 +16,7 @@ from dtcp.distributed.moves import Moved
 from dtcp.distributed.ops import communicating_op
 from dtcp.metadata import AttentionMetadata, HostTensor
 from dtcp.sequence.layout import SequenceLayout
+from dtcp.sequence.partition import Ints
 from dtcp.sequence.routes import Route, rolled
 from dtcp.sequence.row_layouts import RowLayouts
 
@@ -109,14 +112,15 @@ class RelayoutMetadata(AttentionMetadata):
         if isinstance(source, RowLayouts):
             rows = RowLayouts(target.seq_len, target.num_shards, (target,) * len(source.rows))
             return replace(cls.between(source.in_line, rows.in_line, rank), in_line=True)
-        goes_to = target.inverse()[source.token_indices(rank)] // target.shard_len
-        slot = source.inverse()[target.token_indices(rank)]
-        peers = (goes_to, slot // source.shard_len)
-        return cls(
-            send_order=goes_to.argsort(stable=True).to(torch.int32),
-            arrival_index=slot.argsort().argsort().to(torch.int32),
-            counts=torch.stack([peer.bincount(minlength=source.num_shards) for peer in peers]),
+        goes_to, _ = _places(target, source.partition.tokens(rank))
+        comes_from, slot = _places(source, target.partition.tokens(rank))
+        counts = [np.bincount(x, minlength=source.num_shards) for x in (goes_to, comes_from)]
+        # All are a few ascending lists, which a stable sort merges.
+        by_slot = np.lexsort((slot, comes_from))
+        send_order, arrivals = (
+            torch.from_numpy(x.astype(np.int32)) for x in (goes_to.argsort(kind="stable"), by_slot)
         )
+        return cls(send_order, _inverse(arrivals), torch.from_numpy(np.stack(counts)))
 
 
 def apply_relayout(
@@ -162,10 +166,23 @@ def _relayout(
     send, receive = counts.flip(0).tolist() if reverse else counts.tolist()
     first, last = send_order, arrival_index
     if reverse:
-        first, last = arrival_index.argsort(), send_order.argsort()
+        first, last = _inverse(arrival_index), _inverse(send_order)
     rows = x.transpose(0, 1).index_select(0, first)
     arrived = all_to_all(rows, axis_of(group, x.device), receive=receive, send=send)
     return arrived.index_select(0, last).transpose(0, 1).contiguous()
+
+
+def _places(layout: SequenceLayout, tokens: NDArray[np.int32]) -> tuple[Ints, Ints]:
+    """Which rank holds each token, and in which of its slots."""
+    runs = layout.partition
+    run = runs.start.searchsorted(tokens, side="right") - 1
+    return runs.owner[run], runs.slot[run] + tokens - runs.start[run]
+
+
+def _inverse(permutation: Tensor) -> Tensor:
+    """Where each number stands: what argsort finds by sorting."""
+    places = torch.arange(len(permutation), dtype=permutation.dtype, device=permutation.device)
+    return torch.empty_like(permutation).scatter_(0, permutation.long(), places)
 
 
 @_relayout.register_fake

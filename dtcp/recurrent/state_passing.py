@@ -39,10 +39,10 @@ class StatePassing:
             if not len(mine):
                 continue
             needed.append(along[: mine[-1] + 1])
-            for place in mine:
-                to = np.unique(owner[place + 1 :])
-                to = to[to != rank]
-                sent.append(np.stack((to, 0 * to + stretches.index[along[place]])))
+            ranks, back = np.unique(owner[::-1], return_index=True)
+            last = len(owner) - 1 - back
+            place, which = ((mine[:, None] < last) & (ranks != rank)).nonzero()
+            sent.append(np.stack((ranks[which], stretches.index[along[mine[place]]])))
         # Each chain's last is the rank's own, which needs those before it.
         others = np.concatenate([np.zeros(0, dtype=np.int64), *(x[:-1] for x in needed)])
         others = np.sort(others[stretches.rank[others] != rank])

@@ -36,7 +36,15 @@ from dtcp.sequence.masks import (
     SlidingWindow,
     ends_of,
 )
-from dtcp.sequence.partition import Ints, differs, expand, stops_of, sums_before, unique_ascending
+from dtcp.sequence.partition import (
+    Ints,
+    along_runs,
+    differs,
+    expand,
+    stops_of,
+    sums_before,
+    unique_ascending,
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,12 @@ class IntervalRuns:
         after = tokens - self.start[run]
         first = self.first[run] + self.first_step[run] * after
         return first, self.last[run] + self.last_step[run] * after
+
+    def whole(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """The same of each token of the row, without looking for its run."""
+        length = self.stop - self.start
+        first, last = (self.first, self.first_step), (self.last, self.last_step)
+        return along_runs(*first, length), along_runs(*last, length)
 
 
 def interval_runs(mask: Mask, coords: Coords, row: int = 0) -> IntervalRuns:

@@ -86,7 +86,9 @@ class KeyIntervals:
 
     def whole(self) -> tuple[Tensor, Tensor]:
         """The first and the last key of every token: two [B, S], int32."""
-        return self.at(np.arange(int(self.rows[0].stop[-1])))
+        rows = [runs.whole() for runs in self.rows]
+        first, last = (torch.from_numpy(np.stack(x)) for x in zip(*rows, strict=True))
+        return first, last
 
     def reach(self) -> tuple[int, int]:
         """How many tokens left and right of itself a token sees, at most."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,12 +86,21 @@ def _reorder_indices(layout: SequenceLayout, num_shards: int, shard: int) -> tup
 
     Whether they do is a matter of the kind of layout: the graph is the same for every batch.
     """
-    held = layout.permutation().view(num_shards, -1)
     if num_shards == layout.num_shards or isinstance(layout, Contiguous):
         nothing = torch.zeros(0, dtype=torch.int32)
         return nothing, nothing.clone()
-    order = held[shard].argsort()
-    return order.to(torch.int32), order.argsort().to(torch.int32)
+    return _in_order(layout, num_shards, shard)
+
+
+def _in_order(layout: SequenceLayout, num_shards: int, shard: int) -> tuple[Tensor, Tensor]:
+    """The same, whether they ascend or not; to sort them takes ten times as long."""
+    held = layout.permutation().view(num_shards, -1)[shard].numpy()
+    here = np.zeros(layout.seq_len, dtype=np.int32)
+    here[held] = 1
+    restore = here.cumsum(dtype=np.int32)[held] - 1
+    order = np.empty_like(restore)
+    order[restore] = np.arange(len(restore), dtype=np.int32)
+    return torch.from_numpy(order), torch.from_numpy(restore)
 
 
 def ulysses_metadata(
@@ -114,6 +124,5 @@ def ulysses_metadata(
     own = UlyssesMetadata(order=order, restore=restore, outer=outer, ranks_per_node=nodes)
     if keys is None:
         return own
-    order = keys.permutation().view(num_shards, -1)[shard].argsort()
-    restore = order.argsort()
-    return replace(own, key_order=order.to(torch.int32), key_restore=restore.to(torch.int32))
+    order, restore = _in_order(keys, num_shards, shard)
+    return replace(own, key_order=order, key_restore=restore)

@@ -8,12 +8,14 @@ import torch
 from dtcp.compile import count_graphs
 from dtcp.recurrent import FewestBytes, GatedDeltaCP, GatedDeltaRule, GatedLinearCP, exchange
 from dtcp.recurrent.moves import ChannelShape, DeltaShape, LinearShape
+from dtcp.recurrent.state_passing import StatePassing
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.per_document import PerDocument
 from dtcp.sequence.stretches import Stretches, left_routes
+from tests.harness import work
 from tests.harness.spmd import spmd
 from tests.recurrent import test_linear
 from tests.recurrent.test_recurrent import (
@@ -122,6 +124,17 @@ def test_what_crosses_is_per_piece_that_starts_inside_a_document():
         (summary, 2 * summary),
     ]
     assert left_routes(stretches, 3, 0).routes.shape == (2, 4, 3)
+
+
+def test_a_document_of_many_pieces_is_planned_as_one_of_few():
+    works = []
+    for pieces in (2, 64):
+        seq_len = 3 * 4 * pieces
+        layout = BlockBalanced(seq_len, 3, 4, (0, 1, 2) * pieces)
+        stretches = Stretches.of(layout, Documents.single(1, seq_len))
+        assert len(stretches.chains[0]) == 3 * pieces
+        works.append(work.calls_of(lambda s=stretches: StatePassing.of(s, 1, reverse=False)))
+    assert works[0] == works[1]
 
 
 def test_which_states_are_sent_reaches_a_gpu_without_waiting_for_it(monkeypatch):
