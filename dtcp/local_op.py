@@ -113,7 +113,9 @@ def _outside_forward_mode(name: str, fake: Callable[..., Any]) -> Callable[..., 
 
 
 def _check_tangents(name: str, inputs: Any) -> None:
-    if any(isinstance(x, Tensor) and unpack_dual(x).tangent is not None for x in inputs):
+    if forward_mode_open() and any(
+        isinstance(x, Tensor) and unpack_dual(x).tangent is not None for x in inputs
+    ):
         raise NotImplementedError(
             f"{name} is differentiated in reverse alone, got a dual tensor of forward mode: use "
             f"torch.autograd.grad for code around it."

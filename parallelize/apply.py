@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from dtcp.compile import EagerIsland
 from dtcp.distributed.mesh import ParallelMesh, check_parallel_mesh
 from dtcp.experts import RouterLoss
-from dtcp.mixer_plan import apply_plan, find, matches, on_nodes
+from dtcp.mixer_plan import apply_plan, find, matching, on_nodes
 from dtcp.parallelize.activation_checkpoint import (
     KINDS,
     ActivationCheckpoint,
@@ -209,8 +209,8 @@ def _styles_inside(
     name: str, block: nn.Module, plan: Mapping[str, ParallelStyle]
 ) -> list[ParallelStyle]:
     """Those that a plan has for modules of a block."""
-    submodules = [f"{name}.{part}" for part, _ in block.named_modules() if part]
-    return [x for key, x in plan.items() if any(matches(each, key) for each in submodules)]
+    submodules = {f"{name}.{part}" for part, _ in block.named_modules() if part}
+    return [x for key, x in plan.items() if matching(submodules, key)]
 
 
 def _is_gathered_in_parts(name: str, units: Sequence[Mapping[str, nn.Module]]) -> bool:

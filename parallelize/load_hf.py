@@ -155,7 +155,7 @@ def _copy_shard(name: str, x: Tensor, whole: Tensor) -> None:
             f"Weights are numbers that need no scale, got {name} of dtype {whole.dtype}: load a "
             f"checkpoint that is not quantized."
         )
-    if whole.is_floating_point() and not bool(whole.isfinite().all()):
+    if whole.is_floating_point() and not _is_finite(whole):
         raise ValueError(
             f"Weights are finite, got {name} with {int((~whole.isfinite()).sum())} entries of NaN "
             f"or infinity: load another checkpoint; training from this one would be lost."
@@ -166,6 +166,16 @@ def _copy_shard(name: str, x: Tensor, whole: Tensor) -> None:
         x.to_local().copy_(sharded.to_local())
     else:
         x.copy_(whole)
+
+
+def _is_finite(whole: Tensor) -> bool:
+    """Whether all entries are: the largest and the smallest say so 25 times as fast, NaN as well.
+
+    Each rank reads all weights: at `isfinite`'s 0.7 GB/s of a core, 70B of them took minutes.
+    """
+    if not whole.numel() or whole.dtype not in _DTYPES:
+        return bool(whole.isfinite().all())
+    return all(bool(x.isfinite()) for x in whole.aminmax())
 
 
 def _shapes_with_gate_and_up_merged(shape: torch.Size) -> list[torch.Size]:

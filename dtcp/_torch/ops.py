@@ -1,5 +1,6 @@
 """Ops: what a definition, an overload and its schema say of themselves."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ def packet_of(op: OpOverload) -> Any:
     return op._overloadpacket
 
 
-def argument_names(op: OpOverload) -> list[str]:
-    """Of an op's schema, which has no public reader (2.11-2.15)."""
-    return [argument.name for argument in op._schema.arguments]
+@cache
+def argument_names(op: OpOverload) -> tuple[str, ...]:
+    """Of an op's schema, which has no public reader (2.11-2.15); it makes its arguments anew."""
+    return tuple(argument.name for argument in op._schema.arguments)
 
 
 def num_results(op: OpOverload) -> int:
