@@ -184,11 +184,15 @@ def _calls(queries: Queries, keys: Keys) -> tuple[Call, ...] | None:
     return _read_calls(pieces.numpy().tobytes(), pieces.shape[1], *sizes)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def _read_calls(
     table: bytes, width: int, batch: int, length: int, num_keys: int
 ) -> tuple[Call, ...] | None:
-    """All layers, and all steps over equal documents, read the same table."""
+    """All layers, and all steps over equal documents, read the same table.
+
+    A ring reads one at each step, for each mask, and again in backward, which other micro-batches
+    may come before; one that is forgotten by then takes 0.6 ms for 120 documents.
+    """
     pieces = torch.frombuffer(bytearray(table), dtype=torch.int64).view(-1, width)
     return calls_of(pieces, batch=batch, length=length, num_keys=num_keys)
 
