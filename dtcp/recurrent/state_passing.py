@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtcp.sequence.partition import Ints
+from dtcp.sequence.partition import Ints, differs
 from dtcp.sequence.stretches import Stretches, with_room
 
 
@@ -29,40 +29,31 @@ class StatePassing:
 
         Summaries are numbered: the rank's own, then those received, by rank and index.
         """
-        n = stretches.num_shards
-        sent: list[Ints] = []
-        needed: list[Ints] = []
-        for chain in stretches.chains:
-            along = chain[::-1] if reverse else chain
-            owner = stretches.rank[along]
-            mine = np.flatnonzero(owner == rank)
-            if not len(mine):
-                continue
-            needed.append(along[: mine[-1] + 1])
-            ranks, back = np.unique(owner[::-1], return_index=True)
-            last = len(owner) - 1 - back
-            place, which = ((mine[:, None] < last) & (ranks != rank)).nonzero()
-            sent.append(np.stack((ranks[which], stretches.index[along[mine[place]]])))
-        # Each chain's last is the rank's own, which needs those before it.
-        others = np.concatenate([np.zeros(0, dtype=np.int64), *(x[:-1] for x in needed)])
-        others = np.sort(others[stretches.rank[others] != rank])
-        to, index = np.concatenate([np.zeros((2, 0), dtype=np.int64), *sent], axis=1)
+        n, chains = stretches.num_shards, stretches.chains
+        none = np.zeros(0, dtype=np.int64)
+        along = np.concatenate([none, *(x[::-1] if reverse else x for x in chains)])
+        chain = np.arange(len(chains)).repeat([len(x) for x in chains])
+        owner, place = stretches.rank[along], np.arange(len(along))
+        # A rank reads all stretches of a chain before its last one there.
+        last = np.full((len(chains), n), -1)
+        last[chain, owner] = place
+        mine = np.flatnonzero(owner == rank)
+        reads = last[chain[mine]] > mine[:, None]
+        reads[:, rank] = False
+        sent, to = reads.nonzero()
+        index = stretches.index[along[mine[sent]]]
         by_peer = np.lexsort((index, to))
-        counts = np.stack(
-            (np.bincount(to, minlength=n), np.bincount(stretches.rank[others], minlength=n))
-        )
+        read = place <= last[chain, rank]
+        along, chain, owner = along[read], chain[read], owner[read]
+        others = np.sort(along[owner != rank])
+        counts = (np.bincount(to, minlength=n), np.bincount(stretches.rank[others], minlength=n))
         own = int((stretches.rank == rank).sum())
-        steps = [_steps(stretches, along, others, own, rank) for along in needed]
-        return cls(index[by_peer], counts, np.concatenate([np.zeros((0, 3), np.int64), *steps]))
-
-
-def _steps(stretches: Stretches, along: Ints, others: Ints, own: int, rank: int) -> Ints:
-    """The steps along a chain up to its last stretch of this rank."""
-    mine = stretches.rank[along] == rank
-    number = np.where(mine, stretches.index[along], own + np.searchsorted(others, along))
-    anew, whose = np.zeros_like(along), np.where(mine, stretches.index[along], -1)
-    anew[0], whose[0], number[-1] = 1, -1, -1
-    return np.stack((anew, number, whose), axis=1)
+        # Each chain's last is the rank's own, which needs those before it.
+        anew, ends = differs(chain), np.append(differs(chain)[1:], True)[: len(chain)]
+        whose = np.where(owner == rank, stretches.index[along], -1)
+        number = np.where(owner == rank, whose, own + np.searchsorted(others, along))
+        steps = (anew, np.where(ends, -1, number), np.where(anew, -1, whose))
+        return cls(index[by_peer], np.stack(counts), np.stack(steps, axis=1).astype(np.int64))
 
 
 def state_passing_tensors(stretches: Stretches, rank: int) -> tuple[Tensor, Tensor, Tensor]:
