@@ -110,11 +110,29 @@ def quantized_problems(model: Any) -> Iterator[str]:
     said: set[tuple[type, str]] = set()
     like = next((x for x in model.parameters() if not is_quantized(x)), FP32)
     for part, layer in layers.items():
+        own = "" if method else _own_numbers(layer)
+        if own:
+            yield f"{part} ({type(layer).__name__}) {own}"
+            continue
         end = next((key for key, x in ends.items() if _holds(x, layer)), "")
         problem = _of_end(end) if end else _problem(layer, like)
         if problem and (type(layer), problem) not in said:
             said.add((type(layer), problem))
             yield f"{part} ({type(layer).__name__}), whose weight is quantized{kind}, {problem}"
+
+
+def _own_numbers(layer: nn.Module) -> str:
+    """What refuses parameters of whole numbers that are no quantized weight; empty without any."""
+    plain = {key: x for key, x in layer.named_parameters(recurse=False) if type(x) is nn.Parameter}
+    numbers = [key for key, x in plain.items() if not (x.dtype in FLOATS or x.is_complex())]
+    weight = plain.get("weight", layer)
+    if not numbers or (_is_linear(layer) and getattr(weight, "dtype", None) not in FLOATS):
+        return ""
+    return (
+        f"has a parameter of whole numbers, {numbers[0]} of {plain[numbers[0]].dtype}, and is no "
+        f"linear layer whose weight is quantized: make it a buffer (register_buffer), or quantize "
+        f"linear layers alone."
+    )
 
 
 def _holds(end: Any, layer: nn.Module) -> bool:

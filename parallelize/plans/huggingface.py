@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from dtcp.distributed.mesh import ParallelMesh, check_no_stages, check_parallel_mesh
+from dtcp.distributed.refused_alike import refused_alike
 from dtcp.huggingface import Survey, install_mixers
 from dtcp.huggingface.expert_capacity import PositionInExpertCP
 from dtcp.huggingface.images import CUT, CutRowsCP
@@ -113,13 +114,16 @@ def parallelize_hf(
     check_parallel_mesh("parallelize_hf", mesh)
     check_no_stages("parallelize_hf", mesh.degrees)
     _check_attention(attention)
-    outer, model = model, adapted_model(model)
-    check_has_no_mixers(model)
-    check_experts_without_adapters(model)
-    _check_whole_weights(model)
-    _check_device_of_quantized(model, mesh)
+    outer = model
+    with refused_alike("A model is sharded", mesh.device_mesh):
+        model = adapted_model(model)
+        check_has_no_mixers(model)
+        check_experts_without_adapters(model)
+        _check_whole_weights(model)
+        _check_device_of_quantized(model, mesh)
     _check_same_weights(model, mesh)
-    survey = install_mixers(model)
+    with refused_alike("A model is sharded", mesh.device_mesh):
+        survey = install_mixers(model)
     _keep_quantized_whole(outer, model)
     _make_experts_compilable(model, compile)
     separate_gate_and_up(model)
@@ -297,7 +301,15 @@ def _keep_quantized_whole(outer: Any, model: nn.Module) -> None:
 
 def _check_same_weights(model: nn.Module, mesh: ParallelMesh) -> None:
     """Refuse a model whose weights differ between ranks: their shards would not fit together."""
-    if mesh.degrees.world == 1 or next(model.parameters()).is_meta:
+    if mesh.degrees.world == 1:
+        return
+    on_meta = next(model.parameters()).is_meta
+    if not _is_alike(torch.tensor([int(on_meta)], device=mesh.device_mesh.device_type), mesh):
+        raise ValueError(
+            f"A model is on the meta device on all ranks or on none, got a {type(model).__name__} "
+            f"with on_meta={on_meta} here and others elsewhere: build all alike."
+        )
+    if on_meta:
         return
     quantized = quantized_layers(model)
     whole = weights_kept_whole(model)

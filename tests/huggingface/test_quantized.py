@@ -245,7 +245,7 @@ def threshold(model):
     [
         (ByteLinear, trained_scale, r"q_proj \(ByteLinear\).* trains \['scale'\]: freeze them"),
         (ByteLinear, head_of_bytes, r"lm_head \(ByteLinear\).* is the model's head.*skip_modules"),
-        (ByteLinear, table_of_bytes, r"mlp \(LlamaMLP\).* is no linear layer"),
+        (ByteLinear, table_of_bytes, r"mlp \(LlamaMLP\) .*, table of torch.int8, .*a buffer"),
         (ByteLinear, unknown_method, r"quantized \(brand_new\) in no linear layer that is known"),
         (ByteLinear, threshold, r"beyond threshold=6.0 .* llm_int8_threshold=0.0"),
         (OneScale, None, r"other numbers where another token is larger"),
