@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dtcp.distributed.mesh import ParallelMesh
+from dtcp.huggingface.padding_ids import padding_token
 from dtcp.parallelize import Compile
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
@@ -88,7 +89,7 @@ def padding_id(model: Any) -> int | None:
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         return None
-    return config.get_text_config(decoder=True).pad_token_id
+    return padding_token(model, decoder=True)
 
 
 def check_logits(model: nn.Module, logits: Any, seq_len: int) -> Tensor:

@@ -120,17 +120,27 @@ def counts_images(model: Any) -> bool:
     return hasattr(getattr(model, "base_model", model), "get_rope_index")
 
 
-def install_image_inputs(model: nn.Module, name: str) -> None:
+def blocks_of_types(types: Tensor, *, prompts: bool) -> Tensor:
+    """Blocks of tokens that see each other, by the types of tokens: [B, S], -1 for those in none.
+
+    Args:
+        prompts: whether they are the prompts of documents, of type 0, as PaliGemma has it: images
+            and the text behind them. Else each image is one.
+    """
+    return torch.where(types == 0, 0, -1) if prompts else vision_blocks(types)
+
+
+def install_image_inputs(model: nn.Module, name: str, *, prompts: bool) -> None:
     """Let the language model inside of a model cut whole rows."""
     text = model.get_submodule(name)
     text.add_module(CUT, CutRows())
     wrap_forward(text, _on_shard)
-    vars(model)[_TEXT] = name
+    vars(model)[_TEXT], vars(model)[_PROMPTS] = name, prompts
     wrap_forward(model, _with_gradients_alike)
 
 
-_TEXT = "dtcp_text"
-"""Where a model that takes images keeps the name of its language model."""
+_TEXT, _PROMPTS = "dtcp_text", "dtcp_prompts"
+"""Where a model that takes images keeps its language model's name, and `Survey.sees_prompt`."""
 
 
 def _with_gradients_alike(
@@ -236,4 +246,8 @@ def with_blocks(rows: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     types = next((rows[key] for key in TOKEN_TYPES if rows.get(key) is not None), None)
     tokens = rows["input_ids"] if rows.get("input_ids") is not None else rows["inputs_embeds"]
     none = torch.full(tokens.shape[:2], -1)
-    return {**rows, "block": none if types is None else vision_blocks(types.cpu())}
+    prompts = vars(model).get(_PROMPTS, False)
+    return {
+        **rows,
+        "block": none if types is None else blocks_of_types(types.cpu(), prompts=prompts),
+    }

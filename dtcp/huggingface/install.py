@@ -91,7 +91,7 @@ def install_mixers(model: Any) -> Survey:
     _leave_others(model, result, before)
     _check_inner_calls(model, result)
     if result.images:
-        install_image_inputs(model, result.images)
+        install_image_inputs(model, result.images, prompts=result.sees_prompt)
     if result.encoder:
         install_encoder(model.get_submodule(result.encoder))
     install_positions(model, result.positions)

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dtcp.huggingface.padding_ids import padding_token
 from dtcp.mixer import Mixer
 
 RunModel = Callable[[], object]
@@ -42,7 +43,7 @@ def probe_ids(model: Any, seq_len: int) -> Tensor:
     """A row of tokens to run a model of transformers with, none of them padding: [1, S]."""
     embedding = model.get_input_embeddings().weight
     ids = torch.arange(1, seq_len + 1, device=embedding.device) % len(embedding)
-    padding = model.config.get_text_config().pad_token_id
+    padding = padding_token(model)
     if padding is not None:
         ids = ids.where(ids != padding, (ids + 1) % len(embedding))
     return ids[None]

@@ -30,9 +30,15 @@ class PaddingIds:
     uncounted: bool
 
 
+def padding_token(model: Any, *, decoder: bool = False) -> int | None:
+    """The id of padding in a model's text config; None where it says none, or has no such field."""
+    token: int | None = getattr(model.config.get_text_config(decoder=decoder), "pad_token_id", None)
+    return token
+
+
 def install_padding_ids(model: Any, *, hidden: bool, uncounted: bool) -> None:
     """Note what a model makes of padding, for the batches that are cut for it."""
-    token = model.config.get_text_config(decoder=True).pad_token_id
+    token = padding_token(model, decoder=True)
     vars(model)[_RULE] = (
         PaddingIds(token, hidden, uncounted)
         if token is not None and (hidden or uncounted)

@@ -17,6 +17,7 @@ from dtcp.forward import wrap_forward
 from dtcp.huggingface import registry
 from dtcp.huggingface.last_token import LastToken
 from dtcp.huggingface.mixing_probe import probe_ids, tensors
+from dtcp.huggingface.padding_ids import padding_token
 from dtcp.sequence.documents import Documents
 
 
@@ -46,7 +47,7 @@ def find_pooled_head(
     Args:
         run: one forward of the model on input_ids, in eval mode.
     """
-    pad_token_id = model.config.get_text_config().pad_token_id
+    pad_token_id = padding_token(model)
     lengths, ids = [seq_len], probe_ids(model, seq_len)
     if pad_token_id is not None:
         lengths = [seq_len, seq_len // 2, 3]
@@ -106,7 +107,7 @@ def check_last_tokens(input_ids: Tensor, documents: Documents, pad_token_id: int
 
 def check_pad_token(model: Any, head: LastToken) -> None:
     """Refuse another padding token than the one by which the head was found, as TRL may set it."""
-    pad_token_id = model.config.get_text_config().pad_token_id
+    pad_token_id = padding_token(model)
     if pad_token_id != head.pad_token_id:
         raise ValueError(
             f"A head that pools reads last tokens by the padding token that its model was put on "

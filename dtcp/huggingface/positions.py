@@ -34,7 +34,8 @@ class Positions:
 
     Args:
         offset: the position of a row's first token, as the model counts.
-        readers: modules that look positions up, and are handed those of the batch.
+        readers: modules that look positions up, and are handed those of the batch; without any,
+            the model itself is handed them, as it counts.
         taken: whether the model itself takes them, and hands them on.
         encoder: the name of the encoder in a model that has one; all other readers are handed the
             positions of the decoder's tokens.
@@ -170,6 +171,8 @@ def call_with_positions(
         for key in (KEY, DECODER_KEY):
             if isinstance(kwargs.get(key), Tensor):
                 kwargs[key] = kwargs[key].clamp(max=most - 1)
+    if positions.taken and not positions.readers and positions.offset:
+        kwargs[KEY] = kwargs[KEY] + positions.offset
     if positions.taken:
         return run(**kwargs)
     value = kwargs.pop(KEY)

@@ -12,7 +12,7 @@ _BY_SIZE: Mapping[int, str] = {
         output_embedding_size entity_emb_size text_hidden_size vision_output_dim projector_input_dim
         projector_output_dim pooler_hidden_size prediction_head_size lru_width true_hidden_size
         backbone_hidden_size output_channels adapter_out_dim adapter_in_dim adapter_input_size
-        pronunciation_embed_dim shape_embed_dim router_hidden_size d_latents
+        pronunciation_embed_dim shape_embed_dim router_hidden_size d_latents moe_hidden_size
         output_num_channels mamba_d_ssm codebook_dim attention_head_width base_channels""",
     48: """intermediate_size intermediate_size_mlp ffn_hidden_size ffn_dim dense_intermediate_size
         decoder_ffn_dim encoder_ffn_dim dim_ff d_ff dff d_inner hidden_dim feed_forward_size
@@ -55,6 +55,8 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     # With few heads many scores are 0: of equal ones torch.topk picks any.
     "axk2": {"index_n_heads": 16},
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
+    # A token that is never predicted: that of padding.
+    "chameleon": {"vocabulary_map": {"<image>": 60, "IMGIMGAZ": 0}},
     "cohere_compass_text": {
         "num_hidden_layers": 2,
         "layer_types": ["sliding_attention", "full_attention"],
@@ -96,6 +98,8 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "moe_intermediate_size": [24, 16],
         "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]},
     },
+    # timm's names: 600,000 parameters for 300 million.
+    "gemma3n_vision": {"architecture": "mobilenetv3_small_050"},
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -120,6 +124,16 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     },
     "glm_moe_dsa": {"index_n_heads": 16, "indexer_types": ["full", "shared"]},
     "glm_ocr_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
+    "granite4_vision": {
+        "deepstack_layer_map": [[-1, 1]],
+        "spatial_target_layers": [0] * 4,
+        "downsample_rate": "1/2",
+        "vision_config": {"model_type": "clip_vision_model", "hidden_size": 64},
+        "qformer_config": {
+            "model_type": "blip_2_qformer",
+            **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0),
+        },
+    },
     "granitemoehybrid": {
         "mamba_n_heads": 8,
         "layer_types": ["linear_attention", "full_attention"],
@@ -174,9 +188,29 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "nemotron_h_omni": {"vision_config": {"model_type": "radio", "video_temporal_patch_size": 2}},
     "paligemma": {"text_config": {"model_type": "gemma", "num_key_value_heads": 1}},
     "paddleocr_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
+    # timm's own names, of which transformers has one.
+    "perception_lm": {
+        "vision_config": {
+            "model_type": "timm_wrapper",
+            "architecture": "vit_pe_core_large_patch14_336",
+            "model_args": {
+                "embed_dim": 32,
+                "depth": 1,
+                "num_heads": 4,
+                "img_size": [28, 28],
+                "ref_feat_shape": [2, 2],
+                "global_pool": "",
+                "use_post_transformer_norm": False,
+            },
+        }
+    },
     "qwen2_5_omni_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
     "qwen2_5_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
     "qwen2_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    "muse_spark": {"projector_hidden_size": 32},
+    # As many layers as its stages.
+    "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": [16] * 4, "depths": [1] * 4},
     "neomme": {"head_dim": 16},
     "nllb-moe": {"encoder_sparse_step": 1, "decoder_sparse_step": 1},
     "step3p7": {"text_config": {"model_type": "step3p5", "sliding_window": 7}},

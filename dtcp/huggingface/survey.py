@@ -52,6 +52,7 @@ class Survey:
         reads_types: whether its masks go by the types of tokens, which mixers do not.
         uncounted_padding: whether it counts positions without tokens of the id of padding.
         dropouts: modules that drop channels of tokens.
+        sees_prompt: whether tokens of type 0, a prompt's, see each other in its masks.
     """
 
     attentions: tuple[SurveyedAttention, ...]
@@ -69,6 +70,7 @@ class Survey:
     reads_types: bool = False
     uncounted_padding: bool = False
     dropouts: tuple[SurveyedDropout, ...] = ()
+    sees_prompt: bool = False
 
     def check(self) -> None:
         """Stop where something is refused.
@@ -125,6 +127,7 @@ def survey(model: Any) -> Survey:
         probe.reads_types,
         probe.uncounted_padding,
         dropouts.surveyed(),
+        probe.sees_prompt,
     )
 
 

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from dtcp.huggingface.encoder_decoder import DECODER_TOKENS, encoder_name
-from dtcp.huggingface.images import TOKEN_TYPES, image_arguments, language_model
+from dtcp.huggingface.images import (
+    TOKEN_TYPES,
+    blocks_of_types,
+    image_arguments,
+    language_model,
+)
 from dtcp.huggingface.mixing_probe import (
     differs_elsewhere,
     find_mixing,
@@ -16,6 +21,7 @@ from dtcp.huggingface.mixing_probe import (
     probe_length,
     tensors,
 )
+from dtcp.huggingface.padding_ids import padding_token
 from dtcp.huggingface.pooled_head import PooledHead, find_pooled_head, outputs_of_rows
 from dtcp.huggingface.positions import (
     DECODER_KEY,
@@ -29,7 +35,6 @@ from dtcp.huggingface.positions import (
 )
 from dtcp.huggingface.recorder import Recorder, varies
 from dtcp.huggingface.token_types import TYPES, embeds_types
-from dtcp.sequence.block_runs import vision_blocks
 
 
 class SurveyProbe:
@@ -53,6 +58,7 @@ class SurveyProbe:
         self.pooled_head: PooledHead | None = None
         self.images = ""
         self.reads_types = False
+        self.sees_prompt = False
 
     def run(self) -> None:
         """Run the model and note in the recorder what is found."""
@@ -120,12 +126,15 @@ class SurveyProbe:
     def find_positions(self) -> Positions | None:
         """How the model is given the positions that it would count; None if it is not known."""
         taken, readers = takes_positions(self.model), position_readers(self.model)
-        padding = self.model.config.get_text_config().pad_token_id
-        offsets = dict.fromkeys([1, 2, 1 + (padding or 0)]) if taken and readers else ()
+        padding = padding_token(self.model)
+        offsets = dict.fromkeys([1, 2, 1 + (padding or 0)]) if taken else ()
+        counted = [Positions(offset, readers) for offset in offsets if readers]
+        # PaliGemma counts from 1, in its own forward.
+        counted += [Positions(1)] if taken else []
         first = Positions(taken=True)
         if not taken:
             first = Positions(0, readers, taken=False, encoder=self.encoder)
-        for each in (first, *(Positions(offset, readers) for offset in offsets)):
+        for each in (first, *counted):
             self.positions = each
             with reading_positions(self.model, each):
                 try:
@@ -138,7 +147,7 @@ class SurveyProbe:
 
     def leaves_out_padding(self) -> bool:
         """Whether the model counts positions without tokens of the id of padding."""
-        padding = self.model.config.get_text_config(decoder=True).pad_token_id
+        padding = padding_token(self.model, decoder=True)
         if padding is None or not self.positions.readers:
             return False
         ids = self.input_ids, self.memory_ids
@@ -210,7 +219,7 @@ class SurveyProbe:
 
     def look_at_padding(self) -> None:
         """Let a model that makes masks of its own show whether it makes them of its tokens."""
-        padding = self.model.config.get_text_config().pad_token_id
+        padding = padding_token(self.model)
         if padding is None:
             return
         input_ids, memory_ids = self.input_ids.clone(), self.memory_ids.clone()
@@ -231,10 +240,23 @@ class SurveyProbe:
             )
 
     def look_at_images(self) -> None:
-        """Note how masks change where tokens are marked as those of images."""
-        types = torch.zeros_like(self.input_ids)
-        types[:, 3:8] = types[:, 10:15] = 1
-        self.recorder.block = vision_blocks(types.cpu())
+        """Note how masks change where tokens are marked as those of images, or as a prompt's."""
+        images, prompt = torch.zeros_like(self.input_ids), torch.ones_like(self.input_ids)
+        images[:, 3:8] = images[:, 10:15] = 1
+        prompt[:, :8] = 0
+        known, keys = [*self.recorder.refused], image_arguments(self.model)
+        self.run_with_types(images)
+        if self.recorder.refused == known or TYPES not in keys:
+            return
+        unread, self.recorder.refused[:] = self.recorder.refused[len(known) :], known
+        self.run_with_types(prompt, prompts=True)
+        self.sees_prompt = self.recorder.refused == known
+        if not self.sees_prompt:
+            self.recorder.refused[len(known) :] = unread
+
+    def run_with_types(self, types: Tensor, *, prompts: bool = False) -> None:
+        """Run a model that takes images on tokens of several types."""
+        self.recorder.block = blocks_of_types(types.cpu(), prompts=prompts)
         keys = [key for key in TOKEN_TYPES if key in image_arguments(self.model)]
         with torch.no_grad():
             self.call(self.input_ids, position_ids=self.position_ids, **dict.fromkeys(keys, types))

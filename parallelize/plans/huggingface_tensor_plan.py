@@ -60,6 +60,9 @@ TP_PLANS: Mapping[str, Mapping[str, str]] = {
 }
 """Tensor-parallel plans in transformers' terms, for families that it has none for."""
 
+WRITES_LOGITS = ("chameleon",)
+"""Families that set logits of some tokens, those of images, so that nobody predicts them."""
+
 log = logging.getLogger(__name__)
 
 
@@ -163,7 +166,8 @@ def _styles(
             style = None  # A norm of all heads, of which a rank would have some.
         if style is None:
             missing.setdefault(units[name], name)
-        plan[name] = style or LocalParams()
+        # Experts run by the joined form of what is stored apart.
+        plan[name] = style or (WholeExperts() if is_experts(modules[name]) else LocalParams())
     return plan, missing
 
 
@@ -248,7 +252,7 @@ def _style(
     """The style of a module; its owner is the adapted layer that holds it, or itself."""
     head = model.get_output_embeddings()
     is_end = owner is head or _looks_tokens_up(model, owner)
-    if head is not None and is_end and _has_bias_around_head(model):
+    if head is not None and is_end and (_has_bias_around_head(model) or _writes_logits(model)):
         return LocalParams()
     if _looks_tokens_up(model, owner):
         return (
@@ -319,6 +323,11 @@ def _has_bias_around_head(model: Any) -> bool:
     parent = model.get_submodule(name.rpartition(".")[0])
     own = set(parent.parameters(recurse=False))
     return parent is not model and not own <= set(head.parameters(recurse=False))
+
+
+def _writes_logits(model: Any) -> bool:
+    """Whether a model writes numbers of its own over its logits, which no part of them takes."""
+    return getattr(model.config, "model_type", "") in WRITES_LOGITS
 
 
 def _check_embedding_is_called(model: Any) -> None:

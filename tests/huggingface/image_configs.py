@@ -187,6 +187,25 @@ CONFIGS = {
         "image_token_id": IMAGE,
         "experts_implementation": "batched_mm",
     },
+    # Prompts see both sides, images and text of them, also beyond a window.
+    "paligemma": {
+        "text_config": {
+            **NARROW,
+            "model_type": "gemma2",
+            "query_pre_attn_scalar": 16,
+            "use_bidirectional_attention": False,
+        },
+        "vision_config": {
+            **VISION,
+            **LAYERS,
+            "patch_size": 32,
+            "model_type": "siglip_vision_model",
+            "projection_dim": 32,
+            "vision_use_head": False,
+        },
+        "image_token_index": IMAGE,
+        "projection_dim": 32,
+    },
     "mistral3": {
         "text_config": {**SHAPE, "model_type": "mistral", "sliding_window": 7},
         "vision_config": {**VISION, **LAYERS, "model_type": "pixtral", "head_dim": 8},

@@ -73,6 +73,9 @@ def a_batch(kind):
     pixels = torch.randn(ROWS, 3, 64, 64, generator=generator, dtype=torch.float64)
     if kind in ("mistral3", "mistral_large4"):
         return {**batch, "pixel_values": pixels, "image_sizes": torch.tensor([[64, 64]] * ROWS)}
+    if kind == "paligemma":
+        # Of what is no prompt: each has the image, and text behind it.
+        types = (torch.arange(SEQ_LEN) >= torch.tensor([[16], [11]])).long()
     return {**batch, "pixel_values": pixels, "token_type_ids": types}
 
 

@@ -51,11 +51,12 @@ ANY = {
     "qwen2_moe": {},
     "modernbert": {},
     "apertus": {},
+    "chameleon": {},
 }
 """Sizes of its own; biases and feed-forwards in no module; fused by part, with fewer keys than
 ranks of tp 4; weights the other way round; one key for all queries; feed-forwards with parameters
 in between; fused by head, with slopes; in groups, with slopes; by part, with slopes; lightning
-attention; sinks; shared experts; gated."""
+attention; sinks; shared experts; gated; logits that are written over."""
 
 BERT = {
     "is_decoder": True,
