@@ -89,7 +89,8 @@ def parallelize(
     Raises:
         ValueError: a name in the plan that matches no module or parameter, a mixer without a
             style, a shared parameter that styles place in two ways or two units gather, a mesh with
-            an axis ep for a model without experts, or an optimizer of its earlier parameters.
+            an axis ep for a model without experts, or an optimizer or hooks of its earlier
+            parameters.
     """
     check_kind("parallelize", nn.Module, model=model)
     check_parallel_mesh("parallelize", mesh)
@@ -126,6 +127,7 @@ def parallelize(
             fsdp_units=[list(unit.values()) for unit in fsdp_units],
             keep_dtype=keep_dtype,
         )
+    earlier.check_no_hooks(model)
     earlier.check_no_optimizer(model)
     return model
 

@@ -1,10 +1,13 @@
-"""Optimizers made of a model before it was parallelized: they would step weights nobody reads."""
+"""Optimizers and hooks of a model's weights from before it was parallelized: of weights that nobody
+reads any more."""
 
 import gc
 import weakref
 from typing import Any
 
 from torch import nn
+
+from dtcp._torch.gradient_hooks import has_gradient_hooks
 
 
 class EarlierWeights:
@@ -13,6 +16,26 @@ class EarlierWeights:
     def __init__(self, model: nn.Module) -> None:
         # Without keeping them alive.
         self._weights = [weakref.ref(parameter) for parameter in model.parameters()]
+        self._hooked = {
+            name: weakref.ref(parameter)
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and has_gradient_hooks(parameter)
+        }
+
+    def check_no_hooks(self, model: nn.Module) -> None:
+        """Refuse hooks of weights that the model has no longer: they would not be called.
+
+        Raises:
+            ValueError: naming the first weight.
+        """
+        now = {id(parameter) for parameter in model.parameters()}
+        lost = [name for name, ref in self._hooked.items() if id(ref()) not in now]
+        if lost:
+            raise ValueError(
+                f"Weights of a parallel model take the places of those it had, got hooks of "
+                f"gradients on {len(lost)} of these, {lost[0]} first, which would not be called: "
+                f"change their gradients after backward, before the optimizer's step."
+            )
 
     def check_no_optimizer(self, model: nn.Module) -> None:
         """Refuse an optimizer that holds weights which the model has no longer.

@@ -39,9 +39,18 @@ def written_again(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def implementations(model: Any) -> list[Any]:
-    """Configs that name how such modules attend: they may have none, but models around them do."""
-    modules = model.modules() if own_attentions(model) else ()
-    configs = {id(m.config): m.config for m in modules if hasattr(m, "config")}
+    """Configs that name how such modules attend: they may have none, but models around them do.
+
+    And copies of a model's config, of layers that peft has copied (`modules_to_save`,
+    `layer_replication`), which do not hear of what is chosen for the model.
+    """
+    from transformers import PreTrainedModel
+
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    if not own_attentions(model):
+        of_models = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+        known, kinds = set(map(id, of_models)), tuple(set(map(type, of_models)))
+        configs = {key: x for key, x in configs.items() if key not in known and type(x) in kinds}
     return list(configs.values())
 
 

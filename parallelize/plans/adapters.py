@@ -79,12 +79,27 @@ def _is_whole(base: LocalParams) -> bool:
     return base.placement.is_replicate() and not isinstance(base, SegmentRows)
 
 
+def check_is_called(target: str, layer: Any, style: ParallelStyle | None) -> None:
+    """Refuse an adapter that is added to a weight which a style gives its layer when it is called.
+
+    Raises:
+        ValueError: as above, naming the layer.
+    """
+    if hasattr(layer, "parameter_name") and isinstance(style, LocalParams):
+        raise ValueError(
+            f"Tensor parallelism gives a layer its weight where it is called, got LoRA that is "
+            f"added to {layer.parameter_name} of {target} before: leave it out of target_modules "
+            f"and target_parameters, or set tp=1 and give the ranks to cp."
+        )
+
+
 def adapted_model(model: Any) -> Any:
     """The model of transformers inside of a PeftModel; the model itself if it is none.
 
     Raises:
         ValueError: adapters that are tokens before the row, which would stand before every shard;
-            or that add a loss, or routes, around the model.
+            that begin at a token of the row (aLoRA), which one shard has; or that add a loss, or
+            routes, around the model.
     """
     if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
         return model
@@ -93,6 +108,16 @@ def adapted_model(model: Any) -> Any:
         raise ValueError(
             f"Adapters are beside the layers of a model, got {prompts}, which learn tokens before "
             f"the row (prompt or prefix tuning): use LoRA."
+        )
+    invoked = {
+        name: tokens
+        for name, each in model.peft_config.items()
+        if (tokens := getattr(each, "alora_invocation_tokens", None))
+    }
+    if invoked:
+        raise ValueError(
+            f"Adapters act on every token of a row, got alora_invocation_tokens={invoked}, which "
+            f"peft looks for in the ids of a shard: use LoRA without them."
         )
     from peft.tuners.tuners_utils import BaseTuner
 

@@ -19,7 +19,7 @@ from dtcp.huggingface.config_fields import values_in_layers
 from dtcp.huggingface.quantized import quantized_layers
 from dtcp.huggingface.recurrent_layers import kernel_names, recurrent_layers
 from dtcp.mixer_plan import matches
-from dtcp.parallelize.plans.adapters import BASE, adapted, adapter_style
+from dtcp.parallelize.plans.adapters import BASE, adapted, adapter_style, check_is_called
 from dtcp.parallelize.plans.forward_code import (
     adds_in_place,
     has_parameters,
@@ -161,6 +161,7 @@ def _styles(
         )
         if isinstance(split, RowwiseParallel) and adds_in_place(modules, target, units[target]):
             split = RowwiseOwnOutput()
+        check_is_called(target, modules[target], split)
         style = adapter_style(split, target, part) if part else _checked(name, modules[name], split)
         if isinstance(style, ReplicatedParams) and not roles[target] and units[name] in split_units:
             style = None  # A norm of all heads, of which a rank would have some.

@@ -152,13 +152,16 @@ def averaged(model):
     [
         ({"modules_to_save": ["lm_head"]}, TIED, None),
         ({"trainable_token_indices": [3, 5]}, TIED, None),
+        ({"modules_to_save": ["mlp"]}, {}, None),
+        ({"layer_replication": [[0, 2], [0, 2]]}, {}, None),
         ({}, {}, averaged),
     ],
-    ids=["head", "tokens", "mean"],
+    ids=["head", "tokens", "parts", "layers", "mean"],
 )
 @spmd(ranks=2)
 def test_layers_that_peft_puts_around_others_train_as_on_one_device(mesh, config, change, then):
-    """A head that was tied, tokens of tied weights that are trained alone, averaged adapters."""
+    """A head that was tied, tokens of tied weights that are trained alone, copies of layers and of
+    their parts, which have configs of their own, averaged adapters."""
     models = [adapted(targets=ATTENTION, config=config, **change) for _ in range(2)]
     reference, model = models if then is None else map(then, models)
     assert_same_step(reference, *on_mesh_of(model, Degrees(cp=2)))
@@ -219,6 +222,34 @@ def test_adapters_that_do_something_around_the_model_are_refused():
     """AdaLoRA adds a loss where the model gives one, which it does not on a mesh."""
     config = AdaLoraConfig(target_modules=["q_proj"], total_step=10)
     with pytest.raises(ValueError, match=r"got \['default'\] of AdaLoraModel, .*: use LoRA"):
+        adapted_model(get_peft_model(build("llama"), config))
+
+
+@spmd(ranks=2)
+def test_hooks_of_weights_that_shards_replace_are_refused(mesh):
+    """As those that keep the gradient of some tokens of an embedding, or of peft's OSF."""
+    model = build("llama")
+    model.model.embed_tokens.weight.register_hook(lambda grad: 0 * grad)
+    with pytest.raises(ValueError, match=r"on 1 of these, model.embed_tokens.weight first, which"):
+        on_mesh_of(model, Degrees(cp=2))
+
+
+def test_lora_on_the_weight_of_a_router_is_refused_under_tp():
+    """Which peft adds to the weight before its layer is called."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "gate"])
+    model = get_peft_model(build("qwen3_moe"), config)
+    with pytest.raises(ValueError, match=r"added to weight of model.layers.0.mlp.gate before"):
+        hf_tensor_plan(model.get_base_model(), 2)
+
+
+def test_adapters_that_begin_at_a_token_of_the_row_are_refused():
+    """Which peft's wrapper looks for in the ids that it is called with: those of a shard."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5]
+    )
+    with pytest.raises(
+        ValueError, match=r"got alora_invocation_tokens={'default': \[5\]}, .* LoRA"
+    ):
         adapted_model(get_peft_model(build("llama"), config))
 
 
