@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtcp.kernels.softmax.calls import CallKind, calls_of
 from dtcp.kernels.softmax.demand import demand_of
@@ -290,6 +291,29 @@ def test_blocks_are_full_where_all_is_seen_and_listed_where_anything_is(mask_cas
             for row, own in itertools.product(*map(range, count.shape)):
                 listed = indices[row, own, : count[row, own]].tolist()
                 assert listed == state[row, own].nonzero().flatten().tolist()
+
+
+class Launches(TorchDispatchMode):
+    """Counts ops that are no views."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_lists_of_blocks_take_few_launches():
+    """Each layer makes them, forward and backward."""
+    index = torch.arange(64, dtype=torch.int32)
+    x = torch.zeros(1, 64, 1, 1)
+    queries, keys = Queries(x, 0 * index[None], index[None]), Keys(x, x, index)
+    for lists in (query_blocks, key_blocks):
+        with Launches() as launches:
+            lists(queries, keys, 16, 16)
+        assert launches.count <= 40
 
 
 @pytest.mark.parametrize("arch", [90, 100])

@@ -47,48 +47,46 @@ def block_states(
     rows, length = queries.q.shape[:2]
     num_keys = keys.k.shape[1]
     begin, stop = (x.expand(rows, -1) for x in _key_ranges(queries, keys))
-    sees = begin < stop
     tiles = -(-length // query_block)
-    first = _by_tile(begin.masked_fill(~sees, num_keys), tiles, query_block, num_keys).amin(-1)
-    last = _by_tile(stop, tiles, query_block, 0).amax(-1)
-    # Of a full block every query sees every key; the queries that the last tile lacks have no say.
-    inner_first = _by_tile(begin.masked_fill(~sees, num_keys), tiles, query_block, 0).amax(-1)
-    inner_last = _by_tile(stop, tiles, query_block, num_keys).amin(-1)
-    start = torch.arange(-(-num_keys // key_block), device=begin.device) * key_block
+    first, inner_first = _by_tile(begin, tiles, query_block).aminmax(dim=-1)
+    inner_last, last = _by_tile(stop, tiles, query_block).aminmax(dim=-1)
+    start = torch.arange(0, num_keys, key_block, device=begin.device, dtype=begin.dtype)
     end = start + key_block
     some = (start < last[..., None]) & (end > first[..., None])
+    # Of a full block every query sees every key.
     full = (start >= inner_first[..., None]) & (end <= inner_last[..., None])
     return some & ~full, full
 
 
 def _key_ranges(queries: Queries, keys: Keys) -> tuple[Tensor, Tensor]:
-    """The keys that each query sees: begin and stop, [rows, L] int64; 0 and 0 for none."""
+    """The keys that each query sees: begin and stop, [rows, L] int32; all and 0 for none."""
+    first, last = (x.contiguous() for x in (queries.first_key, queries.last_key))
     # Slots without a key lie behind all keys.
-    index = keys.token_index.to(torch.int64)
-    index = torch.where(index < 0, torch.iinfo(torch.int64).max, index)
-    first, last = (x.to(torch.int64).contiguous() for x in (queries.first_key, queries.last_key))
-    begin = torch.searchsorted(index, first)
-    stop = torch.searchsorted(index, last, right=True)
+    index = keys.token_index.to(first.dtype)
+    index = torch.where(index < 0, torch.iinfo(index.dtype).max, index)
+    begin = torch.searchsorted(index, first, out_int32=True)
+    stop = torch.searchsorted(index, last, right=True, out_int32=True)
     sees = (first <= last) & (begin < stop)
-    return torch.where(sees, begin, 0), torch.where(sees, stop, 0)
+    return torch.where(sees, begin, keys.k.shape[1]), torch.where(sees, stop, 0)
 
 
-def _by_tile(x: Tensor, tiles: int, tile: int, fill: int) -> Tensor:
-    """[B, L] -> [B, tiles, tile], with `fill` for the queries that the last tile lacks."""
+def _by_tile(x: Tensor, tiles: int, tile: int) -> Tensor:
+    """[B, L] -> [B, tiles, tile]; the last query stands for those that the last tile lacks."""
     rest = tiles * tile - x.shape[1]
-    return torch.nn.functional.pad(x, (0, rest), value=fill).unflatten(1, (tiles, tile))
+    if rest:
+        x = torch.cat((x, x[:, -1:].expand(-1, rest)), dim=1)
+    return x.unflatten(1, (tiles, tile))
 
 
 def _lists(partial: Tensor, full: Tensor) -> BlockLists:
-    return BlockLists(*_list(partial), *_list(full))
-
-
-def _list(wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Counts and ascending indices of what is True along the last dim."""
+    wanted = torch.stack((partial, full))
     place = wanted.cumsum(-1, dtype=torch.int32)
     others = wanted.shape[-1]
     index = torch.arange(others, device=wanted.device, dtype=torch.int32).expand_as(wanted)
     # What is not wanted goes behind the end.
     slot = torch.where(wanted, place - 1, others).to(torch.int64)
     packed = place.new_zeros(*wanted.shape[:-1], others + 1).scatter_(-1, slot, index)
-    return place[..., -1].contiguous(), packed[..., :others].contiguous()
+    partial_count, full_count = (x.contiguous() for x in place[..., -1])
+    partial_index, full_index = (x.contiguous() for x in packed[..., :others])
+    return BlockLists(partial_count, partial_index, full_count, full_index)
