@@ -20,6 +20,8 @@ STEPS = 3
 BOUND = 3e-2
 """Of what steps have added, relative to the most that they have added anywhere: Muon computes in
 bf16, and what goes by a shard instead of the whole is further off, for no two shards are alike."""
+OF_GROUP = ("params", "param_names", "name")
+"""What says which group one is."""
 Kind = tuple[DeviceMesh, tuple[Placement, ...], int]
 
 
@@ -32,20 +34,40 @@ def check_steps_shards(optimizer: Any) -> None:
     Raises:
         ValueError: on all ranks, saying what it does.
     """
-    said = ""
-    for group in optimizer.param_groups:
-        for kind in _kinds(group["params"]):
-            said = said or _difference(optimizer, group, kind)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        of_ranks = [said] * dist.get_world_size()
+    for group, kind in _ways(optimizer):
+        said = _of_any_rank(_difference(optimizer, group, kind))
+        if said:
+            raise ValueError(
+                f"An optimizer on a mesh steps DTensors as one process steps whole weights, got "
+                f"{type(optimizer).__module__}.{type(optimizer).__name__}, {said}: take one of "
+                f"torch.optim, as AdamW, or one that is made of operations of torch."
+            )
+
+
+def _of_any_rank(said: str) -> str:
+    of_ranks = [said]
+    if dist.is_initialized():
+        of_ranks *= dist.get_world_size()
         dist.all_gather_object(of_ranks, said)
-        said = next(filter(None, of_ranks), "")
-    if said:
-        raise ValueError(
-            f"An optimizer on a mesh steps DTensors as one process steps whole weights, got "
-            f"{type(optimizer).__module__}.{type(optimizer).__name__}, {said}: take one of "
-            f"torch.optim, as AdamW, or one that is made of operations of torch."
+    return next(filter(None, of_ranks), "")
+
+
+def _ways(optimizer: Any) -> Iterator[tuple[dict[str, Any], Kind]]:
+    """Groups and kinds of their parameters that an optimizer may step in another way, each once."""
+    seen = set()
+    for group in optimizer.param_groups:
+        # Another rate is no other way, but where it is 0; recipes have a group for each layer.
+        settings = repr(
+            [
+                bool(x) if isinstance(x, float) else x
+                for name, x in group.items()
+                if name not in OF_GROUP
+            ]
         )
+        for kind in _kinds(group["params"]):
+            if (settings, kind) not in seen:
+                seen.add((settings, kind))
+                yield group, kind
 
 
 def _kinds(parameters: list[Tensor]) -> list[Kind]:
@@ -63,13 +85,13 @@ def _kinds(parameters: list[Tensor]) -> list[Kind]:
 def _difference(optimizer: Any, group: dict[str, Any], kind: Kind) -> str:
     """What an optimizer does to shards that it does not do to whole parameters; empty: nothing."""
     mesh, placements, ndim = kind
-    device = group["params"][0].device
+    device = torch.device(mesh.device_type)  # whose parameters may lie on the host meanwhile
     first, *gradients = (x.to(device) for x in _uneven(SHAPES[ndim - 1]))
 
     def shards(x: Tensor) -> DTensor:
         return distribute_tensor(x.clone(), mesh, placements, src_data_rank=None)
 
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []):
         whole = nn.Parameter(first.clone())
         try:
             _step(optimizer, group, whole, gradients)

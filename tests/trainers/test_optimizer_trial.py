@@ -7,7 +7,7 @@ from transformers.optimization import Adafactor
 
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.parallelize import parallelize_hf
-from dtcp.trainers.optimizer_trial import check_steps_shards
+from dtcp.trainers.optimizer_trial import _ways, check_steps_shards
 from tests.harness.hf_models import build
 from tests.harness.spmd import spmd
 
@@ -50,3 +50,16 @@ def test_optimizer_that_goes_by_a_shard_is_refused(mesh):
         check_steps_shards(Adafactor(weights))
     assert all(torch.equal(p.full_tensor(), x) for p, x in zip(weights, before, strict=True))
     assert all(p.grad is None for p in weights)
+
+
+@spmd(ranks=2)
+def test_optimizer_is_tried_once_for_groups_that_differ_by_their_rates(mesh):
+    """Recipes give each layer a rate of its own."""
+    model = parallelize_hf(build("llama"), ParallelMesh.from_degrees(Degrees(cp=2), "cpu"))
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    groups = [
+        {"params": [p], "lr": 0.1 + 0.1 * index, "weight_decay": 0.0 if index < 2 else 0.1}
+        for index, p in enumerate(matrices)
+    ]
+    ways = list(_ways(torch.optim.AdamW(groups)))
+    assert [group["lr"] for group, _ in ways] == [0.1, 0.1 + 0.1 * 2]
