@@ -88,9 +88,8 @@ def parallelize(
         The model. Its gradients are sums over ranks: divide losses by the global token count.
     Raises:
         ValueError: a name in the plan that matches no module or parameter, a mixer without a
-            style, a shared parameter that styles place in two ways or two units gather, a mesh with
-            an axis ep for a model without experts, or an optimizer or hooks of its earlier
-            parameters.
+            style, a shared parameter that styles place in two ways or two units gather, an axis ep
+            for a model without experts, or an optimizer or hooks of its earlier parameters.
     """
     check_kind("parallelize", nn.Module, model=model)
     check_parallel_mesh("parallelize", mesh)

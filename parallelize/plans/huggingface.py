@@ -101,14 +101,12 @@ def parallelize_hf(
             None for `default_attention`: a ring on hosts, one call over all keys on GPUs.
             Layers of multi-head latent attention (DeepSeek, Kimi) exchange latents by
             RingAttention, AllGatherAttention and HaloAttention, and by others the keys and values
-            that are made of them. Layers whose tokens an indexer picks (DeepSeek-V3.2, GLM-5, and
-            their like) are carried out by SparseLatentCP, those with compressed entries
-            (DeepSeek-V4) by CompressedSparseCP, with the options of RingAttention or
-            AllGatherAttention.
+            that are made of them. Layers whose tokens an indexer picks (DeepSeek-V3.2, GLM-5) are
+            carried out by SparseLatentCP, those with compressed entries (DeepSeek-V4) by
+            CompressedSparseCP, with the options of RingAttention or AllGatherAttention.
         expert_exchange: what carries tokens on a mesh with an axis ep, as of ExpertParallel.
     Raises:
-        ValueError: what the model needs and no mixer here does, by the names of the layers; or
-            weights that are not the same on all ranks.
+        ValueError: what no mixer here does, by layer; or weights that differ between ranks.
     """
     check_kind("parallelize_hf", nn.Module, model=model)
     check_parallel_mesh("parallelize_hf", mesh)
