@@ -9,17 +9,20 @@ from torch.distributed.device_mesh import DeviceMesh
 
 
 @contextmanager
-def refused_alike(subject: str, mesh: DeviceMesh) -> Iterator[None]:
+def refused_alike(subject: str, mesh: DeviceMesh | None) -> Iterator[None]:
     """Inside, a rank that raises lets the others raise, too, and say which rank has the reason.
 
     Traffic per rank: one number, over each axis.
 
     Args:
         subject: what is refused, as the sentence of the other ranks begins.
-        mesh: all axes of the ranks that go on together.
+        mesh: all axes of the ranks that go on together; None for a process by itself.
     Raises:
         ValueError: another rank raised.
     """
+    if mesh is None:
+        yield
+        return
     error = None
     try:
         yield
