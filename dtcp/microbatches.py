@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from dtcp._torch.pipelining import (
     ONE_PIECE,
@@ -26,6 +27,7 @@ from dtcp._torch.pipelining import (
     micro_batches_of,
     stages_of,
     step_cut,
+    without_backward,
 )
 from dtcp.cut_backward import check_backward_can_be_cut, check_gradients_arrived
 from dtcp.experts.losses import RouterLoss
@@ -71,24 +73,8 @@ def step_microbatches(
             first step on all ranks), or that leaves out weights of theirs in the first step.
     """
     _check_schedule(schedule)
-    named: dict[str, Any] = {"arg_mbs": arg_mbs, "kwarg_mbs": kwarg_mbs, "target_mbs": target_mbs}
-    for name, each in named.items():
-        check_kind("A step of micro-batches", Sequence, **{name: each})
-        if len(each) != micro_batches_of(schedule):
-            raise ValueError(
-                f"A schedule has {micro_batches_of(schedule)} micro-batches in a step, got "
-                f"{len(each)} in {name}: build it with n_microbatches={len(each)}."
-            )
-    shapes = [_shapes(*parts) for parts in zip(arg_mbs, kwarg_mbs, strict=True)]
-    # Stages keep the buffers that they receive in from the first step on.
     known: Shapes | None = vars(schedule).get(SENT)
-    first = shapes[0] if known is None else known
-    for number, own in enumerate(shapes):
-        if own != first:
-            raise ValueError(
-                f"Stages send each other micro-batches of one shape, got {own} in micro-batch "
-                f"{number} and {first} in the first one of all: pad rows to one length, by buckets."
-            )
+    first = _check_micro_batches(schedule, known, arg_mbs, kwarg_mbs, target_mbs)
     _check_stages(schedule, first_step=known is None)
     losses: list[Tensor] = []
     with _router_losses_in_parts(schedule):
@@ -99,12 +85,90 @@ def step_microbatches(
     return [loss.detach() for loss in losses]
 
 
+@torch.no_grad()
+def run_forward(
+    schedule: Schedule,
+    *,
+    arg_mbs: Sequence[tuple[Any, ...]],
+    kwarg_mbs: Sequence[Mapping[str, Any]],
+    target_mbs: Sequence[Tensor],
+    loss_kwargs: Mapping[str, Any] | None = None,
+) -> list[Tensor]:
+    """Run all micro-batches forward alone, to validate: as `step_microbatches`, without gradients.
+
+    Put the stages into eval mode before. Where they were not given shapes (`input_args`,
+    `output_args`), it runs its first micro-batch twice, and so does the step that follows it.
+
+    Returns:
+        the loss of each micro-batch where the last stage is; elsewhere none.
+    Raises:
+        TypeError, ValueError: as step_microbatches.
+        ValueError: weights with gradients, which torch (2.13) drops where FSDP shards them, when a
+            schedule turns from steps to this, and back.
+    """
+    _check_kind_of(schedule)
+    _check_micro_batches(schedule, vars(schedule).get(SENT), arg_mbs, kwarg_mbs, target_mbs)
+    modules = [stage.submod for stage in stages_of(schedule)]
+    kept = (name for x in modules for name, p in x.named_parameters() if p.grad is not None)
+    if (name := next(kept, None)) is not None:
+        raise ValueError(
+            f"Stages run forward alone between steps of the optimizer, got a gradient of {name}, "
+            f"which torch would drop: step the optimizer before, and set gradients to None."
+        )
+    losses: list[Tensor] = []
+    with without_backward(schedule):
+        step_cut(schedule, arg_mbs, kwarg_mbs, target_mbs, losses, loss_kwargs or {})
+    for module in modules:
+        for unit in module.modules():
+            if isinstance(unit, FSDPModule):
+                unit.reshard()  # what no backward pass will do
+    return losses
+
+
+def _check_micro_batches(
+    schedule: Schedule,
+    known: Shapes | None,
+    arg_mbs: Sequence[tuple[Any, ...]],
+    kwarg_mbs: Sequence[Mapping[str, Any]],
+    target_mbs: Sequence[Tensor],
+) -> Shapes:
+    """Refuse more or fewer micro-batches than a schedule has, and shapes that are not one.
+
+    Args:
+        known: the shapes of an earlier step.
+    Returns:
+        those of all.
+    """
+    named: dict[str, Any] = {"arg_mbs": arg_mbs, "kwarg_mbs": kwarg_mbs, "target_mbs": target_mbs}
+    for name, each in named.items():
+        check_kind("A step of micro-batches", Sequence, **{name: each})
+        if len(each) != micro_batches_of(schedule):
+            raise ValueError(
+                f"A schedule has {micro_batches_of(schedule)} micro-batches in a step, got "
+                f"{len(each)} in {name}: build it with n_microbatches={len(each)}."
+            )
+    shapes = [_shapes(*parts) for parts in zip(arg_mbs, kwarg_mbs, strict=True)]
+    # Stages keep the buffers that they receive in from the first step on.
+    first = shapes[0] if known is None else known
+    for number, own in enumerate(shapes):
+        if own != first:
+            raise ValueError(
+                f"Stages send each other micro-batches of one shape, got {own} in micro-batch "
+                f"{number} and {first} in the first one of all: pad rows to one length, by buckets."
+            )
+    return first
+
+
 def _check_schedule(schedule: Schedule) -> None:
     if not torch.is_grad_enabled():
         raise ValueError(
             "A step of micro-batches has backward passes, got one under no_grad or inference_mode: "
-            "leave it for the step; micro-batches are not run forward alone."
+            "leave it for the step, or run micro-batches forward alone, by run_forward."
         )
+    _check_kind_of(schedule)
+
+
+def _check_kind_of(schedule: Schedule) -> None:
     if torch.__version__ < "2.13":
         raise NotImplementedError(
             f"Losses of micro-batches are divided by the tokens of all of them, which schedules of "

@@ -1,6 +1,7 @@
 """Schedules of pipeline stages, with inputs that are cut into micro-batches already."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,6 +48,17 @@ def step_cut(
         stage.has_backward = schedule._has_backward
         stage.clear_runtime_states()
     schedule._step_microbatches(**cut)
+
+
+@contextmanager
+def without_backward(schedule: Schedule) -> Iterator[None]:
+    """Inside, steps of a schedule run forward alone; what its `eval` does (2.13-2.15)."""
+    before = schedule._has_backward
+    schedule._has_backward = False
+    try:
+        yield
+    finally:
+        schedule._has_backward = before
 
 
 def stages_of(schedule: Schedule) -> list[Any]:
