@@ -4,6 +4,7 @@ python train.py --module llama3 --config llama3_debugmodel
     --parallelism.context_parallel_degree 4 --tokenizer.folder ... (and the rest as ever)
 """
 
+import functools
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields, replace
@@ -12,6 +13,8 @@ from typing import Any
 from dtcp.torchtitan.decoder_layers import with_mixers
 from dtcp.torchtitan.loss import TokenLoss
 from dtcp.torchtitan.parallelize import parallelize_decoder
+from dtcp.torchtitan.stage_forwards import DECODER_STAGE
+from dtcp.torchtitan.stages import pipeline_stages
 
 from torchtitan import trainer as titan
 from torchtitan.components.checkpointer import CheckpointManager
@@ -20,6 +23,7 @@ from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.validate import Validator
 from torchtitan.config import ParallelismConfig
 from torchtitan.config.override import derive
+from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.protocols.model_spec import ModelSpec
 
 from dtcp.pretrain.checkpoint import Checkpoints
@@ -88,7 +92,9 @@ def adopt_model(spec: ModelSpec | None, *, per_token: Collection[type] = ()) -> 
         )
     _check_parallelize(spec)
     model = with_mixers(spec, per_token=per_token)
-    return replace(spec, model=model, parallelize_fn=parallelize_decoder)
+    own = spec.pipelining_fn is pipeline_llm
+    stages = functools.partial(pipeline_stages, how=DECODER_STAGE) if own else None
+    return replace(spec, model=model, parallelize_fn=parallelize_decoder, pipelining_fn=stages)
 
 
 def _check_parallelize(spec: ModelSpec) -> None:

@@ -44,6 +44,7 @@ class BatchPreparation:
     """How a trainer, or a validator, makes a rank's part of its batches.
 
     Args:
+        model: or this rank's pipeline stages, in an nn.ModuleList if there are several.
         training: whether the model predicts further ahead, if it can.
     """
 
@@ -70,7 +71,12 @@ class BatchPreparation:
         whole = {"input_ids": tokens, "labels": labels, "position_ids": input_dict["positions"]}
         whole |= ahead_of(self.model, tokens, labels, documents, training=self.training)
         layout = self.section.sequence_layout()
-        return prepare_batch(whole, self.mesh, layout, model=self.model, documents=documents)
+        # Of all stages: each alone could cut rows in another way.
+        stage = getattr(_first(self.model), "stage", None)
+        masks = stage.masks if stage is not None and layout.balances_work else None
+        return prepare_batch(
+            whole, self.mesh, layout, model=self.model, documents=documents, balance_for=masks
+        )
 
     def ahead(self, input_dict: dict[str, Any], labels: Tensor) -> dict[str, Any]:
         """The batch with what is made of it; for a loader's thread, `PackedDocuments.prepare`.
@@ -112,6 +118,9 @@ def model_inputs(local: dict[str, Tensor], sharded: ShardedBatch, model: nn.Modu
     """
     inputs = (local["position_ids"], sharded.attn_metadata)
     extra = dict(zip(forward_names(model), inputs, strict=True))
+    stage = getattr(_first(model), "stage", None)
+    if stage is not None and stage.reads_ids:
+        extra["token_ids"] = local["input_ids"]
     if "mtp_labels" not in local:
         return local["input_ids"], local["labels"], extra
     extra["mtp_input_ids"] = local["mtp_input_ids"]
@@ -121,9 +130,14 @@ def model_inputs(local: dict[str, Tensor], sharded: ShardedBatch, model: nn.Modu
 
 def forward_names(model: nn.Module) -> tuple[str, str]:
     """What a model's forward calls its position ids and the metadata of the batch."""
-    if isinstance(model, Decoder):
+    if isinstance(_first(model), Decoder):
         return "positions", "attention_masks"
     return "position_ids", "attn_metadata"
+
+
+def _first(model: nn.Module) -> nn.Module:
+    """The model, or the first one of several stages."""
+    return model[0] if isinstance(model, nn.ModuleList) else model
 
 
 def ahead_of(

@@ -48,6 +48,7 @@ from dtcp.pretrain.manifest import Holds, Manifest, record_files
 from dtcp.pretrain.progress import say
 from dtcp.pretrain.same_start import refuse_other_weights
 from dtcp.pretrain.saved_folders import SavedFolders
+from dtcp.pretrain.staged import of_all_stages, pp_of
 
 
 class Checkpoints(CheckpointManager):
@@ -158,11 +159,14 @@ class Checkpoints(CheckpointManager):
             SafeHuggingFaceReader(path)
             super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
         elif from_hf:
-            weights = read_hf_weights(self.sd_adapter, state_dict, path, ignore=self.hf_ignore)
+            pp = pp_of(self.states[TRAIN_STATE])
+            options = (self.sd_adapter, state_dict, path)
+            weights = read_hf_weights(*options, ignore=self.hf_ignore, pp=pp)
             self.states[MODEL].load_state_dict(weights)
         else:
             reader = SafeReader(path)
-            refuse_other_model(reader, self.states[MODEL].state_dict(), path)
+            own = {name: x.shape for name, x in self.states[MODEL].state_dict().items()}
+            refuse_other_model(reader, of_all_stages(own, pp_of(self.states[TRAIN_STATE])), path)
             dcp.load(state_dict, storage_reader=reader, planner=SafeLoadPlanner())
             # Weights lie flat beside the rest, so no stateful object of theirs was asked to load.
             self.states[MODEL].load_state_dict(state_dict)
@@ -308,6 +312,7 @@ class Checkpoints(CheckpointManager):
         state = {} if of_transformers else self.states[MODEL].state_dict()
         weights = {k: x.to(self.export_dtype) for k, x in state.items() if x.is_floating_point()}
         others = {name: _whole(value) for name, value in state.items() if name not in weights}
+        others = of_all_stages(others, pp_of(self.states[TRAIN_STATE]))
         self._save_hf(weights, final, self._manifest("huggingface"), others)
         say(f"exported    {final}")
 

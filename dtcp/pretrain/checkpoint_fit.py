@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dtcp.checkpoint import SafeReader
@@ -20,18 +20,18 @@ class Fingerprinted(Protocol):
         """What the data are, as JSON has it: kept in the manifest of every checkpoint."""
 
 
-def refuse_other_model(reader: SafeReader, known: Mapping[str, Tensor], path: Path) -> None:
+def refuse_other_model(reader: SafeReader, known: Mapping[str, torch.Size], path: Path) -> None:
     """Refuse weights of more, fewer or other tensors: DCP would ignore those it does not look for.
 
     Args:
-        known: the model's state dict.
+        known: shapes of the model's state dict, of all stages of it.
     Raises:
         ValueError: naming the first tensor that does not fit.
     """
     saved = reader.read_metadata().state_dict_metadata
     extra = [n for n in saved if not n.startswith(STATE_PREFIXES) and n not in known]
     missing = [n for n in known if n not in saved]
-    other = [n for n, x in known.items() if n in saved and _size(saved[n]) != x.shape]
+    other = [n for n, x in known.items() if n in saved and _size(saved[n]) != x]
     for names, what in (
         (extra, "that the model lacks"),
         (missing, "that only the model has"),

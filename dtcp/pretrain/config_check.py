@@ -18,6 +18,7 @@ from dtcp.torchtitan.loss import TokenLoss
 from dtcp.torchtitan.parallelize import checkpoint_refusal, compile_of
 from dtcp.torchtitan.section import Section
 from dtcp.torchtitan.settings import SECTIONS, refusals
+from dtcp.torchtitan.stages import rows_of_micro_batch
 
 import torch
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss, MSELoss
@@ -118,8 +119,10 @@ def check_batch_size(config: Any, ranks: int) -> None:
             among fewer rows than one of these has.
     """
     degrees = config.parallelism
-    replicas = ranks // (degrees.context_parallel_degree * degrees.tensor_parallel_degree)
-    rows = check_whole_parts(config.training, replicas)
+    inner = degrees.context_parallel_degree * degrees.tensor_parallel_degree
+    replicas = ranks // (inner * degrees.pipeline_parallel_degree)
+    check_whole_parts(config.training, replicas)
+    rows = rows_of_micro_batch(config.training, degrees) * replicas
     own = [config.validator.dataloader] if validates(config) else []
     for loader in (config.dataloader, *own):
         if isinstance(loader, PackedDocuments.Config):
@@ -170,7 +173,8 @@ def check_expert_degree(config: Any, ranks: int) -> None:
         return
     name = f"parallelism.expert_parallel_degree={ep}"
     check_ints("A mesh", least=1, **{"parallelism.expert_parallel_degree": ep})
-    sparse = ranks // degrees.data_parallel_replicate_degree
+    outer = degrees.data_parallel_replicate_degree * degrees.pipeline_parallel_degree
+    sparse = ranks // outer
     if sparse % ep:
         raise ValueError(
             f"Ranks of ep are carved out of dp_shard * cp * tp, got {name} with {sparse} of them: "

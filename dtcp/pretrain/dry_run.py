@@ -37,6 +37,7 @@ def made_dry(config: Any) -> Any:
 
 def _refusals(config: Any) -> list[str]:
     start, ep = config.checkpoint, config.parallelism.expert_parallel_degree
+    pp = config.parallelism.pipeline_parallel_degree
     device, there = config.dtcp.device, torch.accelerator.is_available()
     mode = f"--comm.mode {MODE}"
     return [
@@ -55,6 +56,10 @@ def _refusals(config: Any) -> list[str]:
         f"How many tokens an expert gets is known once ranks have exchanged it, got "
         f"--parallelism.expert_parallel_degree {ep} with {mode}: set it to 1."
         if ep != 1
+        else "",
+        f"A stage waits for what the one before it computes, got "
+        f"--parallelism.pipeline_parallel_degree {pp} with {mode}: set it to 1."
+        if pp != 1
         else "",
         f"A dry run is on the accelerator where there is one, got --dtcp.device cpu with {mode}: "
         f"hide it (CUDA_VISIBLE_DEVICES=)."

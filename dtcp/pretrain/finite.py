@@ -15,9 +15,11 @@ def not_finite(state: Mapping[str, Any]) -> list[str]:
     """Names of the tensors and numbers of a state that hold NaN or infinity on any rank.
 
     Args:
-        state: nested dicts of the same names on every rank; DTensors are looked at shard by shard.
+        state: nested dicts, whose names are others on the ranks of another pipeline stage;
+            DTensors are looked at shard by shard.
     Returns:
-        dotted names, the same on every rank. One all-reduce of a byte an entry.
+        dotted names, the same on every rank. One all-reduce of a byte, and their names if there
+        are some.
     """
     entries = list(_entries(state, ""))
     if not entries:
@@ -25,12 +27,17 @@ def not_finite(state: Mapping[str, Any]) -> list[str]:
     device = next((x.device for _, x in entries if isinstance(x, Tensor)), torch.device("cpu"))
     # A sum is a fifth of the price of a look at each element, and never finite where one is not.
     totals = torch.stack([_total(value).to(device) for _, value in entries])
-    suspects = (~totals.isfinite()).tolist()
-    bad = [suspect and _has_bad(x) for suspect, (_, x) in zip(suspects, entries, strict=True)]
-    flags = torch.tensor(bad, dtype=torch.uint8, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return [name for flag, (name, _) in zip(flags.tolist(), entries, strict=True) if flag]
+    suspects = zip((~totals.isfinite()).tolist(), entries, strict=True)
+    bad = [name for suspect, (name, value) in suspects if suspect and _has_bad(value)]
+    if not dist.is_initialized():
+        return bad
+    found = torch.tensor(len(bad) > 0, dtype=torch.uint8, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    if not found:
+        return []
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, bad)
+    return list(dict.fromkeys(name for names in of_ranks for name in names))
 
 
 def _entries(state: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Tensor | float]]:

@@ -7,19 +7,25 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
 from torch.distributed import checkpoint as dcp
+from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.checkpoint import SafeHuggingFaceReader
 from dtcp.checkpoint.huggingface import weight_files
 from dtcp.pretrain.finite import not_finite
+from dtcp.pretrain.staged import of_all_stages
 
 StateDict = dict[str, Any]
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
 def read_hf_weights(
-    adapter: Any, state: StateDict, path: Path, *, ignore: Sequence[str]
+    adapter: Any,
+    state: StateDict,
+    path: Path,
+    *,
+    ignore: Sequence[str],
+    pp: DeviceMesh | None = None,
 ) -> StateDict:
     """A model's state dict, filled from a folder of safetensors.
 
@@ -27,11 +33,13 @@ def read_hf_weights(
         adapter: torchtitan's, with `to_hf` and `from_hf`.
         state: the model's tensors by its own names; they are written in place where they can be.
         ignore: patterns of tensors that the model is to do without.
+        pp: whose ranks have the tensors of other stages.
     Raises:
         ValueError: a tensor is missing, of another shape, left over, or not finite; by its name.
     """
     reader, wanted = SafeHuggingFaceReader(path), adapter.to_hf(state)
-    _compare(reader.shapes(), wanted, path, adapter=adapter, ignore=ignore)
+    of_all = of_all_stages({name: x.shape for name, x in wanted.items()}, pp)
+    _compare(reader.shapes(), of_all, path, adapter=adapter, ignore=ignore)
     dcp.load(wanted, storage_reader=reader)
     refuse_not_finite_weights(wanted, path)
     loaded: StateDict = adapter.from_hf(wanted)
@@ -54,7 +62,7 @@ def refuse_not_finite_weights(state: Mapping[str, Any], path: Path) -> None:
 
 def _compare(
     shapes: Mapping[str, torch.Size],
-    wanted: Mapping[str, Tensor],
+    wanted: Mapping[str, torch.Size],
     path: Path,
     *,
     adapter: Any,
@@ -66,11 +74,11 @@ def _compare(
             f"A folder has every weight of the model, got {path} without {missing[0]}"
             f"{_more(missing)}: take weights of this config, or the config of these weights."
         )
-    other = [name for name, x in wanted.items() if shapes[name] != x.shape]
+    other = [name for name, shape in wanted.items() if shapes[name] != shape]
     if other:
         raise ValueError(
             f"A weight has the shape of its parameter, got {other[0]} of "
-            f"{list(shapes[other[0]])} for {list(wanted[other[0]].shape)}{_more(other)} in {path}: "
+            f"{list(shapes[other[0]])} for {list(wanted[other[0]])}{_more(other)} in {path}: "
             f"take weights of this config, or the config of these weights."
         )
     extra = [

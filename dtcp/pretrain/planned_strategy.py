@@ -144,7 +144,7 @@ def _said(best: Candidate, planner: Planner, section: Section, tried: int) -> Pl
 def mesh_of(parallelism: Any, ranks: int, *, etp: int = 1) -> Degrees:
     """The mesh of a config on so many ranks."""
     degrees = degrees_of(parallelism)
-    degrees.pop("pp")
+    degrees.pop("pp")  # 1, where the planner is asked
     if degrees["dp_shard"] < 0:
         degrees["dp_shard"] = ranks // (degrees["dp_replicate"] * degrees["cp"] * degrees["tp"])
     return Degrees(**degrees, ep=parallelism.expert_parallel_degree, etp=etp)

@@ -31,6 +31,10 @@ from dtcp.pretrain.dry_run import is_dry
 from dtcp.pretrain.expected import warning
 from dtcp.pretrain.launch import ranks_of_machine
 from dtcp.pretrain.row_losses import RowLosses
+from dtcp.pretrain.staged import largest_of_stages, of_all_stages
+
+LOGGED_BY_RANK_0 = "ZBVZeroBubble"
+"""A schedule whose runs torchtitan (0.3.0) has logged by rank 0, and not by the last stage's."""
 
 RECENT = 20  # steps whose mean duration predicts the time that is left
 
@@ -40,6 +44,7 @@ EXPECTED = (
     "please use `get_last_lr",  # torchtitan asks a scheduler that it has just loaded
     "Set timeout is now only supported",  # of a dry run's process group there is nothing to wait
     "may not have complete support on cpu device mesh",  # why verify starts from whole weights
+    "Pipeline Parallel loss is not visible",  # every stage hears it, and rank 0 prints
     "Matplotlib created a temporary cache",  # where nobody has a home, as in many containers
 )
 
@@ -100,6 +105,8 @@ class Progress(MetricsProcessor):
 
     def _build_metric_logger(self, **kwargs: Any) -> BaseLogger:
         # torchtitan (0.3.0) looks the class up by its name, and hides what it has made.
+        # Nor does the first rank of the last stage know more: all stages know the loss.
+        kwargs["pp_schedule"] = LOGGED_BY_RANK_0
         plain = titan.TensorBoardLogger
         titan.TensorBoardLogger = TensorBoard
         try:
@@ -128,7 +135,7 @@ class Progress(MetricsProcessor):
         tokens = self.ntokens_since_last_log * batch_ranks / (now - self.time_last_log)
         received, of_experts, between = (each / steps for each in self._received())
         expected = self.expected / steps
-        load = largest_load(self.model_parts, self.parallel_dims.get_optional_mesh("loss"))
+        load = self._largest_load()
         rows = largest_work(self.row_work)
         memory = self.device_memory_monitor.get_peak_stats().max_reserved_gib
         if self.parallel_dims.cp > 1:
@@ -193,6 +200,12 @@ class Progress(MetricsProcessor):
         with contextlib.suppress(OSError):
             super().close()
 
+    def _largest_load(self) -> float | None:
+        """Of the layers of all stages."""
+        dims = self.parallel_dims
+        own = largest_load(self.model_parts, dims.get_optional_mesh("loss"))
+        return largest_of_stages(own, dims.get_optional_mesh("pp"))
+
     def _received(self) -> tuple[int, int, int]:
         """Bytes since the last line: for cp, for ep, and of both from other nodes."""
         traffic = traffic_since(self._traffic)
@@ -252,10 +265,30 @@ def describe_device() -> str:
     return f"{dist.get_world_size()} ranks on {kind} over {backend}"
 
 
-def _strategies(parts: Sequence[nn.Module]) -> str:
-    """The styles that carry out the mixers, each named once."""
-    mixers = [m for part in parts for m in part.modules() if isinstance(m, Mixer)]
-    return ", ".join(dict.fromkeys(f"{m.style}" for m in mixers if m.style is not None))
+@dataclass(frozen=True)
+class _StageSize:
+    """What is said of a stage, or of a model without stages."""
+
+    parameters: int
+    layers: int
+    strategies: tuple[str, ...]
+
+    @classmethod
+    def of(cls, part: nn.Module) -> "_StageSize":
+        mixers = [m for m in part.modules() if isinstance(m, Mixer)]
+        styles = dict.fromkeys(f"{m.style}" for m in mixers if m.style is not None)
+        layers = getattr(part, "layers", None)
+        number = sum(1 for _ in layers.children()) if isinstance(layers, nn.Module) else 0
+        return cls(sum(p.numel() for p in part.parameters()), number, tuple(styles))
+
+
+def _stages(trainer: Any) -> list[_StageSize]:
+    """Of all stages, in their order; all ranks call it."""
+    own = {
+        f"{part.stage.index if trainer.mesh.pp else 0:06}": _StageSize.of(part)
+        for part in trainer.model_parts
+    }
+    return [size for _, size in sorted(of_all_stages(own, trainer.mesh.pp).items())]
 
 
 def _exchange(trainer: Any) -> str:
@@ -283,17 +316,20 @@ def describe_run(trainer: Any, validation: str) -> str:
         validation: what is said of it behind the data that are trained on.
     """
     config, dims = trainer.config, trainer.parallel_dims
-    axes = {"dp_replicate": dims.dp_replicate, "dp_shard": dims.dp_shard}
+    axes = {"pp": dims.pp, "dp_replicate": dims.dp_replicate, "dp_shard": dims.dp_shard}
     axes |= {"cp": dims.cp, "tp": dims.tp}
     mesh = " x ".join(f"{axis} {degree}" for axis, degree in axes.items() if degree > 1)
     if dims.ep > 1:
         mesh += f", experts over {dims.ep} of them{_exchange(trainer)}"
     spec, training = config.model_spec, config.training
-    count = sum(p.numel() for part in trainer.model_parts for p in part.parameters())
+    stages = _stages(trainer)
+    count = sum(each.parameters for each in stages)
     of_transformers = isinstance(spec.model, HuggingFaceConfig)
-    layers = spec.model.num_layers if of_transformers else len(trainer.model_parts[0].layers)
+    layers = spec.model.num_layers if of_transformers else sum(each.layers for each in stages)
     steps = trainer.gradient_accumulation_steps
     rows = training.local_batch_size * dims.dp_replicate * dims.dp_shard * steps
+    steps *= trainer.num_pipeline_parallel_microbatches
+    strategies = dict.fromkeys(x for each in stages for x in each.strategies)
     compiled = config.compile.backend if config.compile.enable else "eager"
     lines = {
         "ranks": describe_device(),
@@ -301,13 +337,19 @@ def describe_run(trainer: Any, validation: str) -> str:
         "model": f"{spec.name} {spec.flavor}, {layers} layers, {count:,} parameters, {compiled}",
         "layout": f"{config.dtcp.sequence_layout().__name__}, {training.seq_len // dims.cp} "
         f"of {training.seq_len} tokens per rank",
-        "strategy": _strategies(trainer.model_parts) or "none, rows are whole",
+        "strategy": ", ".join(strategies) or "none, rows are whole",
         "data": f"{config.dataloader.dataset}, {rows} row{'s' * (rows > 1)} per step"
         + (f" in {steps} parts" if steps > 1 else "")
         + validation
         + _left_out(getattr(trainer.dataloader, "source", None)),
         "output": "none" if is_dry(config) else config.dump_folder,
     }
+    if dims.pp_enabled:
+        sizes = " + ".join(str(each.layers) for each in stages)
+        lines["stages"] = (
+            f"{sizes} layers, {config.parallelism.pipeline_parallel_schedule} of "
+            f"{trainer.num_pipeline_parallel_microbatches} micro-batches"
+        )
     if config.compile.enable:
         lines["compiling"] = "in the first step, for a minute or so; the others are fast"
     return "\n".join(f"{name:<12}{value}" for name, value in lines.items())

@@ -29,6 +29,7 @@ from torchtitan.distributed import ParallelDims
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.distributed.random_weights import WholeDraws
 from dtcp.experts import RouterLoss
+from dtcp.microbatches import step_microbatches
 from dtcp.pretrain.batches import (
     BatchPreparation,
     LocalBatch,
@@ -52,6 +53,7 @@ from dtcp.pretrain.same_start import (
 )
 from dtcp.pretrain.settings import check_counts, check_optimizer, check_profiler
 from dtcp.pretrain.sources import TextFiles
+from dtcp.pretrain.staged import check_stages, loss_of_stages
 from dtcp.pretrain.start_weights import check_start
 from dtcp.pretrain.stop import StopRequest
 from dtcp.pretrain.text_files import DataError
@@ -76,6 +78,7 @@ class Trainer(titan.Trainer):
             check_settings(self)
             check_effects(self)
             check_counts(self)
+            check_stages(self)
             check_optimizer(self)
             check_profiler(self.profiler)
             check_by_torchtitan(self)
@@ -106,19 +109,26 @@ class Trainer(titan.Trainer):
         # torchtitan gives parallelize_fn its own sections only.
         spec, each = config.model_spec, config.dtcp.ranks_per_node or ranks_of_machine()
         section = replace(config.dtcp, ranks_per_node=each)
-        bound = partial(spec.parallelize_fn, section=section)
+        bound = {"parallelize_fn": partial(spec.parallelize_fn, section=section)}
+        if spec.pipelining_fn is not None:
+            bound["pipelining_fn"] = partial(spec.pipelining_fn, section=section)
         with WholeDraws():
-            super().__init__(replace(config, model_spec=replace(spec, parallelize_fn=bound)))
+            super().__init__(replace(config, model_spec=replace(spec, **bound)))
         self.mesh = mesh_with_section(self.parallel_dims, section)
         if isinstance(self.dataloader, PackedDocuments) and not is_dry(config):
             refuse_other_data(self.dataloader.fingerprint())
         self._check_vocabulary()
         self._check_validation()
-        share_router_losses(self.model_parts[0], self.gradient_accumulation_steps)
-        parts = (self.mesh, config.dtcp, self.model_parts[0])
+        in_step = self.gradient_accumulation_steps * self.num_pipeline_parallel_microbatches
+        for part in self.model_parts:
+            share_router_losses(part, in_step)
+        own = self.model_parts
+        parts = (self.mesh, config.dtcp, own[0] if len(own) == 1 else nn.ModuleList(own))
         self.preparation = BatchPreparation(*parts, training=True)
         if config.validator.enable:
             self.validator.preparation = BatchPreparation(*parts, training=False)
+            if self.mesh.pp is not None:
+                self.validator.run_stages(self.pp_schedule, own, self.mesh.pp)
         if isinstance(self.dataloader, PackedDocuments):
             self.dataloader.prepare = self.preparation.ahead
         say(describe_run(self, describe_validation(config)))
@@ -225,8 +235,33 @@ class Trainer(titan.Trainer):
             **batch, global_valid_tokens=global_valid_tokens
         )
         if self.metrics_processor.should_log(self.step):
-            self.metrics_processor.row_losses.add(loss, labels, global_valid_tokens)
+            whole = torch.cat(labels) if isinstance(labels, list) else labels
+            self.metrics_processor.row_losses.add(loss, whole, global_valid_tokens)
         return loss
+
+    def pp_forward_backward_step(
+        self,
+        *,
+        input_dict_mbs: list[dict[str, Any]],
+        label_mbs: list[Tensor],
+        global_valid_tokens: Tensor,
+    ) -> Tensor:
+        """Micro-batches through all stages; every one gets the loss, in steps that log it."""
+        made = [
+            self.post_dataloading_process(*batch)
+            for batch in zip(input_dict_mbs, label_mbs, strict=True)
+        ]
+        with self.train_context():
+            losses = step_microbatches(
+                self.pp_schedule,
+                arg_mbs=[(inputs,) for inputs, _, _ in made],
+                kwarg_mbs=[extra for _, _, extra in made],
+                target_mbs=[labels for _, labels, _ in made],
+                loss_kwargs={"global_valid_tokens": global_valid_tokens},
+            )
+        if not self.metrics_processor.should_log(self.step):
+            return torch.zeros((), device=self.device)
+        return loss_of_stages(losses, self.mesh.pp, self.device)
 
     def state_dict(self) -> dict[str, Any]:
         """torchtitan's, with the tokens of all ranks, for another mesh goes on from them.

@@ -5,7 +5,7 @@ first batch while the training step before it runs, and each further one while t
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +13,14 @@ from typing import Any
 from dtcp.torchtitan import compat as compat
 
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.validate import Validator
 
+from dtcp.microbatches import run_forward
 from dtcp.pretrain.batches import BatchPreparation, LocalBatch
 from dtcp.pretrain.data import PackedDocuments
+from dtcp.pretrain.staged import loss_of_stages
 
 
 @dataclass
@@ -28,6 +31,21 @@ class OpenedLoader:
 
     def build(self, **_: Any) -> BaseDataLoader:
         return self.loader
+
+
+@dataclass(frozen=True)
+class _ForwardStages:
+    """A schedule as torchtitan's Validator calls it: who asks gets the losses."""
+
+    schedule: Any
+    parts: Sequence[nn.Module]
+    pp: DeviceMesh
+
+    def eval(self, *, losses: list[Tensor], **micro_batches: Any) -> None:
+        for stage in self.parts:
+            stage.zero_grad()  # of the step before, which the optimizer has taken
+        device = micro_batches["target_mbs"][0].device
+        losses.append(loss_of_stages(run_forward(self.schedule, **micro_batches), self.pp, device))
 
 
 class Validation(Validator):
@@ -42,11 +60,23 @@ class Validation(Validator):
     config: Any
     dl_config: Any
     _opened: BaseDataLoader | None = None
+    _rows: int
+    """Of a micro-batch."""
 
     def __init__(self, config: Config, **kwargs: Any) -> None:
         ends_together = isinstance(config.dataloader, PackedDocuments.Config)
         with _unsaid("might cause hangs because of unequal sample counts", ends_together):
             super().__init__(config, **kwargs)
+        # All a rank has, but for stages, which torchtitan gives micro-batches.
+        staged = self.parallel_dims.pp_enabled
+        self._rows = (
+            self.parallelism.pipeline_parallel_microbatch_size if staged else self.local_batch_size
+        )
+
+    def run_stages(self, schedule: Any, parts: Sequence[nn.Module], pp: DeviceMesh) -> None:
+        """Validate by the stages of a schedule, forward alone; every stage gets the loss."""
+        self.pp_schedule = _ForwardStages(schedule, parts, pp)
+        self.pp_has_first_stage = self.pp_has_last_stage = True
 
     def read_ahead(self) -> None:
         """Open the loader of the next validation, and start on its first batch."""
@@ -55,7 +85,7 @@ class Validation(Validator):
             dp_rank=self.dp_rank,
             tokenizer=self.tokenizer,
             seq_len=self.seq_len,
-            local_batch_size=self.local_batch_size,
+            local_batch_size=self._rows,
         )
         if isinstance(self._opened, PackedDocuments):
             self._opened.prepare = self._only_prepared
@@ -71,7 +101,11 @@ class Validation(Validator):
         return self.preparation.local(input_dict, labels, labels.device)
 
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
-        """torchtitan's, which divides by the number of tokens (0.3.0): the loss of none is 0."""
+        """torchtitan's, which divides by the number of tokens (0.3.0): the loss of none is 0.
+
+        Raises:
+            ValueError: stages, and fewer rows in all than a step of their schedule takes.
+        """
         if self._opened is None:
             self.read_ahead()
         config, self.dl_config = self.dl_config, OpenedLoader(self._opened)
@@ -81,6 +115,15 @@ class Validation(Validator):
             self.metrics_processor.log_validation(loss=0.0, step=step)
             for model in model_parts:
                 model.train()
+        except AssertionError as error:
+            if not self.parallel_dims.pp_enabled:
+                raise
+            rows = self.local_batch_size * self.dp_world_size
+            raise ValueError(
+                f"A validation over stages takes the {rows} rows of a step of their schedule, got "
+                f"fewer from all documents of {self.config.dataloader.dataset}: set "
+                f"--validator.steps to a number, which reads them again, or --validator.no-enable."
+            ) from error
         finally:
             self.dl_config, self._opened = config, None
 

@@ -7,16 +7,19 @@ whole, wherever they come from.
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from dtcp.torchtitan.attention import add_mixers
 from dtcp.torchtitan.compat import float64_by_name, without_spmd_types
 from dtcp.torchtitan.model_spec import BeforeStep
+from dtcp.torchtitan.stages import rows_of_micro_batch
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed.utils import clip_grad_norm_
@@ -45,8 +48,10 @@ def verify(config: Trainer.Config) -> int:
     config = _shortened(config)
     with float64_by_name():
         trainer = config.build()
-    weights = whole_tensors(trainer.model_parts[0].state_dict())
-    gradients = first_gradients(trainer.optimizers, trainer.model_parts[0])
+    parts, pp = trainer.model_parts, trainer.mesh.pp
+    state = {name: x for part in parts for name, x in part.state_dict().items()}
+    weights = whole_tensors(state, pp)
+    gradients = first_gradients(trainer.optimizers, parts, pp)
     try:
         trainer.train()
     finally:
@@ -65,17 +70,32 @@ def verify(config: Trainer.Config) -> int:
     return verdict[0]
 
 
-def whole_tensors(tensors: Weights) -> Weights:
-    """Every tensor whole, on the host of rank 0; elsewhere the dict is empty."""
+def whole_tensors(tensors: Weights, pp: DeviceMesh | None = None) -> Weights:
+    """Every tensor whole, on the host of rank 0; elsewhere the dict is empty.
+
+    Args:
+        pp: whose ranks have those of other stages.
+    """
+    group = None if pp is None else pp.get_group()
+    # Those that rank 0 asks: one of each stage.
+    asked = dist.get_rank() == 0 if group is None else 0 in dist.get_process_group_ranks(group)
     found = {}
     for name, value in tensors.items():
         whole = value.full_tensor() if isinstance(value, DTensor) else value
-        if dist.get_rank() == 0:
+        if asked:
             found[name] = whole.detach().cpu().clone()
-    return found
+    if not asked or group is None:
+        return found
+    of_stages: list[Any] | None = None
+    if dist.get_rank() == 0:
+        of_stages = [None] * dist.get_world_size(group)
+    dist.gather_object(found, of_stages, dst=0, group=group)
+    return {name: x for each in of_stages or () for name, x in each.items()}
 
 
-def first_gradients(optimizers: Any, model: nn.Module) -> Weights:
+def first_gradients(
+    optimizers: Any, parts: Sequence[nn.Module], pp: DeviceMesh | None = None
+) -> Weights:
     """What the optimizers are given in their first step, whole, by name; empty until then.
 
     A loss does not show a gradient that is wrong by a factor: AdamW steps as far.
@@ -86,8 +106,9 @@ def first_gradients(optimizers: Any, model: nn.Module) -> Weights:
     def keep(*_: Any, **__: Any) -> None:
         if next(steps):
             return
-        given = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
-        found.update({_unwrapped(name): x for name, x in whole_tensors(given).items()})
+        named = [each for part in parts for each in part.named_parameters()]
+        given = {name: x.grad for name, x in named if x.grad is not None}
+        found.update({_unwrapped(name): x for name, x in whole_tensors(given, pp).items()})
 
     optimizers.register_step_pre_hook(keep)
     return found
@@ -106,9 +127,10 @@ def one_device_steps(trainer: Trainer, weights: Weights) -> tuple[dict[int, floa
     """
     config, device = trainer.config, trainer.device
     model = _plain_model(config, weights, device)
-    share_router_losses(model, trainer.gradient_accumulation_steps)
+    count = trainer.gradient_accumulation_steps * trainer.num_pipeline_parallel_microbatches
+    share_router_losses(model, count)
     optimizers = config.optimizer.build(model_parts=[model])
-    gradients = first_gradients(optimizers, model)
+    gradients = first_gradients(optimizers, [model])
     before_step = config.model_spec.post_optimizer_build_fn
     if isinstance(before_step, BeforeStep):
         before_step.register(optimizers, model, None)
@@ -121,13 +143,14 @@ def one_device_steps(trainer: Trainer, weights: Weights) -> tuple[dict[int, floa
             dp_rank=0,
             tokenizer=trainer.tokenizer,
             seq_len=config.training.seq_len,
-            local_batch_size=config.training.local_batch_size * trainer.mesh.size("batch"),
+            local_batch_size=rows_of_micro_batch(config.training, config.parallelism)
+            * trainer.mesh.size("batch"),
         )
     )
     losses = {}
     # Fewer than were asked for, where the data end before.
     for step in trainer.metrics_processor.losses:
-        parts = [next(batches) for _ in range(trainer.gradient_accumulation_steps)]
+        parts = [next(batches) for _ in range(count)]
         optimizers.zero_grad()
         losses[step] = _accumulate(trainer, model, parts)
         clip_grad_norm_(list(model.parameters()), config.training.max_norm, foreach=True)

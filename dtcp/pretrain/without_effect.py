@@ -73,7 +73,27 @@ def _exports(checkpoint: Any) -> bool:
     return bool(checkpoint.export_hf or checkpoint.last_save_model_only)
 
 
+OF_STAGES = (
+    "pipeline_parallel_first_stage_less_layers",
+    "pipeline_parallel_last_stage_less_layers",
+    "pipeline_parallel_layers_per_stage",
+    "pipeline_parallel_schedule",
+    "pipeline_parallel_microbatch_size",
+)
+
+
+def _of_stages(config: Any) -> Iterator[str]:
+    if config.parallelism.pipeline_parallel_degree > 1:
+        return
+    for name, value in _named(config.parallelism, OF_STAGES):
+        yield (
+            f"Stages are cut and run as their settings say, got parallelism.{name}={value!r} with "
+            f"parallelism.pipeline_parallel_degree=1: leave it out, or raise the degree."
+        )
+
+
 def _refusals(config: Any) -> Iterator[str]:
+    yield from _of_stages(config)
     yield from _of_checkpoints(config)
     yield from _of_data("dataloader", config.dataloader)
     if validates(config):

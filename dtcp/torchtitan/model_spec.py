@@ -12,6 +12,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dtcp.torchtitan.parallelize import parallelize_plain
+from dtcp.torchtitan.stage_forwards import (
+    DEEPSEEK_V4_STAGE,
+    LLAMA_STAGE,
+    QWEN3_5_STAGE,
+    StageForward,
+)
+from dtcp.torchtitan.stages import pipeline_stages
 
 import torch
 from torch import nn
@@ -50,6 +57,7 @@ class Family:
             its attention.
         before_step: done before every step of the optimizer, with the model and the axis of all
             ranks that have tokens; None for families with nothing outside of autograd.
+        stages: how it is cut into pipeline stages; None where it is not.
     """
 
     name: str
@@ -61,6 +69,7 @@ class Family:
     num_experts: Callable[[Any], int] = lambda _: 0
     takes_strategy: bool = True
     before_step: Work | None = None
+    stages: StageForward | None = None
 
 
 LLAMA = Family(
@@ -69,6 +78,7 @@ LLAMA = Family(
     to_hf=llamas.to_hf,
     from_hf=llamas.from_hf,
     config_to_hf=llamas.config_to_hf,
+    stages=LLAMA_STAGE,
 )
 
 QWEN3_5 = Family(
@@ -79,6 +89,7 @@ QWEN3_5 = Family(
     config_to_hf=qwen3_5.config_to_hf,
     num_experts=lambda config: getattr(config.feed_forward, "num_experts", 0),
     mtp_depths=lambda config: config.num_mtp_layers,
+    stages=QWEN3_5_STAGE,
 )
 
 GEMMA4 = Family(
@@ -100,6 +111,7 @@ DEEPSEEK_V4 = Family(
     mtp_depths=lambda config: config.num_mtp_layers,
     takes_strategy=False,
     before_step=balance_experts,
+    stages=DEEPSEEK_V4_STAGE,
 )
 
 
@@ -110,7 +122,11 @@ class BeforeStep:
     work: Work
 
     def __call__(self, optimizers: Any, model_parts: list[nn.Module], dims: ParallelDims) -> None:
-        self.register(optimizers, model_parts[0], ParallelMesh.from_parallel_dims(dims).loss)
+        axis = ParallelMesh.from_parallel_dims(dims).loss
+        # A stage at an end may have no layer, and nothing to do.
+        for part in model_parts:
+            if any(True for _ in part.get_submodule("layers").children()):
+                self.register(optimizers, part, axis)
 
     def register(self, optimizers: Any, model: nn.Module, axis: DeviceMesh | None) -> None:
         optimizers.register_step_pre_hook(lambda *_, **__: self.work(model, axis))
@@ -123,7 +139,7 @@ def spec_of(family: Family, flavor: str, shape: Any) -> ModelSpec:
         flavor=flavor,
         model=_titan(family).Config(shape=shape),
         parallelize_fn=functools.partial(parallelize_plain, family=family.name),
-        pipelining_fn=None,
+        pipelining_fn=family.stages and functools.partial(pipeline_stages, how=family.stages),
         post_optimizer_build_fn=family.before_step and BeforeStep(family.before_step),
         state_dict_adapter=functools.partial(NameMapAdapter, family),
     )
@@ -168,6 +184,10 @@ def _titan(family: Family) -> Any:
             def takes_strategy(self) -> bool:
                 return family.takes_strategy
 
+            def stage_refusal(self) -> str:
+                """Why this model is not cut into pipeline stages; nothing where it is."""
+                return _stage_refusal(family, self.shape)
+
             def to_dict(self) -> dict[str, Any]:
                 """As torchtitan prints and saves a config: names for members of enums."""
                 shape = json.dumps(
@@ -198,6 +218,16 @@ def _titan(family: Family) -> Any:
 
     Titan.__name__ = Titan.__qualname__ = f"Titan{family.model.__name__}"
     return Titan
+
+
+def _stage_refusal(family: Family, shape: Any) -> str:
+    if family.stages is None:
+        return f"layers of {family.name} are not cut into stages"
+    if shape.tied:
+        return "its head is tied to its embedding, which is in another stage"
+    if family.mtp_depths(shape):
+        return "what predicts further ahead reads the first stage's embedding"
+    return ""
 
 
 class NameMapAdapter(BaseStateDictAdapter):

@@ -48,6 +48,7 @@ from dtcp.parallelize import (
 )
 from dtcp.parallelize.expert_exchange import with_exchange
 from dtcp.parallelize.plans.families import FAMILY_PLANS
+from dtcp.parallelize.stage_plan import plan_of_stage
 from dtcp.softmax.default import device_type_of
 from dtcp.softmax.mixer import name_kernel
 
@@ -76,6 +77,8 @@ def parallelize_plain(
     name_kernel(model, section.kernel)
     attention = partial(section.attention_style, device_type_of(mesh.cp))
     plan = FAMILY_PLANS[family](model.config, mesh, attention, section.sequence_layout())
+    if getattr(model, "stage", None) is not None:
+        plan = plan_of_stage(plan, model)
     return parallelize(
         model,
         mesh,
@@ -110,13 +113,15 @@ def compile_of(config: CompileConfig) -> Compile | None:
 
 def _fsdp_of(training: TrainingConfig, parallelism: ParallelismConfig) -> FSDP:
     """What torchtitan's sections say of sharded weights, as ours."""
+    # As torchtitan has it: stages gather weights once for all micro-batches.
+    staged = parallelism.pipeline_parallel_degree > 1
     return FSDP(
         mixed_precision=MixedPrecisionPolicy(
             param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
             reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
         ),
         offload=CPUOffloadPolicy() if training.enable_cpu_offload else OffloadPolicy(),
-        reshard_after_forward=parallelism.fsdp_reshard_after_forward != "never",
+        reshard_after_forward=parallelism.fsdp_reshard_after_forward != "never" and not staged,
     )
 
 
@@ -187,13 +192,13 @@ def parallelize_decoder(
         exchange_latents_of(model, style)
     name_kernel(model, section.kernel)
     # Inside torchtitan's local_map the mixer sees local heads, so cp is the only axis it knows.
-    plan = {"layers.*.attention.inner_attention.mixer": style}
+    plan = {"layers.*.attention.inner_attention.mixer": style} if len(model.layers) else {}
     apply_plan(model, mesh.cp, on_nodes(plan, mesh.cp_ranks_per_node()))
     if parallel_dims.tp_enabled or parallel_dims.ep_enabled:
         _shard_by_torchtitan(model, parallel_dims)
-        if parallel_dims.spmd_backend == "spmd_types" and mesh.tp is not None:
+        head: Any = model.lm_head  # None in a stage without it
+        if parallel_dims.spmd_backend == "spmd_types" and mesh.tp is not None and head is not None:
             # There a shard of the vocabulary is a plain tensor, which a loss could not tell.
-            head: Any = model.lm_head
             head.register_forward_hook(partial(_vocabulary_shards, mesh.tp))
     if ac_config is not None:
         _activation_checkpointing(ac_config, dump_folder).apply(model)
@@ -208,7 +213,7 @@ def parallelize_decoder(
         ep_degree=parallel_dims.ep,
         param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
         reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
-        pp_enabled=False,
+        pp_enabled=parallel_dims.pp_enabled,
         cpu_offload=training.enable_cpu_offload,
         reshard_after_forward_policy=parallelism.fsdp_reshard_after_forward,
     )

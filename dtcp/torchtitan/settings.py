@@ -44,11 +44,15 @@ def limited(why: str, *values: Any, instead: str, models: Models = Models.ALL) -
     return Setting(why, values, instead, models)
 
 
-_NO_STAGES = "there are no pipeline stages but in a loop of your own (docs/pipeline.md)"
+_STAGES = "pipeline stages; refused without them"
+_CUT_EVENLY = "stages are cut by numbers of layers"
 _NO_RECOMPUTE_OPTION = "blocks of dtcp's models are recomputed as its own plan says"
 
 TRAINING: Mapping[str, Setting] = {
-    "local_batch_size": used("the data loader: rows per rank and micro-batch"),
+    "local_batch_size": used(
+        "the data loader: rows per rank and micro-batch; over stages, of all micro-batches of a "
+        "step of the schedule"
+    ),
     "global_batch_size": used(),
     "seq_len": used("the data loader and the layout: tokens of a whole row"),
     "max_norm": used(),
@@ -70,7 +74,7 @@ PARALLELISM: Mapping[str, Setting] = {
     "data_parallel_replicate_degree": used("the mesh"),
     "data_parallel_shard_degree": used("the mesh; -1 takes the ranks that are left"),
     "fsdp_reshard_after_forward": limited(
-        "FSDP; what comes last stays gathered, for backward starts with it",
+        "FSDP; what comes last stays gathered, for backward starts with it; with stages all does",
         "default",
         "never",
         instead="take default",
@@ -92,18 +96,26 @@ PARALLELISM: Mapping[str, Setting] = {
         "partial_dtensor",
         instead="choose spmd_types or partial_dtensor",
     ),
-    "pipeline_parallel_degree": limited(
-        _NO_STAGES, 1, instead="set it to 1, and cp or fsdp higher"
+    "pipeline_parallel_degree": used("the mesh; refused for models that are not cut into stages"),
+    "module_fqns_per_model_part": limited(
+        _CUT_EVENLY,
+        None,
+        instead="set pipeline_parallel_first_stage_less_layers or _last_stage_less_layers",
     ),
-    "module_fqns_per_model_part": limited(_NO_STAGES, None, instead="leave it out"),
-    "pipeline_parallel_first_stage_less_layers": limited(_NO_STAGES, 1, instead="leave it out"),
-    "pipeline_parallel_last_stage_less_layers": limited(_NO_STAGES, 1, instead="leave it out"),
-    "pipeline_parallel_layers_per_stage": limited(_NO_STAGES, None, instead="leave it out"),
-    "pipeline_parallel_schedule": limited(_NO_STAGES, "1F1B", instead="leave it out"),
-    "pipeline_parallel_schedule_csv": limited(_NO_STAGES, "", None, instead="leave it out"),
-    "pipeline_parallel_microbatch_size": limited(
-        _NO_STAGES, 1, instead="set --training.local_batch_size"
+    "pipeline_parallel_first_stage_less_layers": used(_STAGES),
+    "pipeline_parallel_last_stage_less_layers": used(_STAGES),
+    "pipeline_parallel_layers_per_stage": used(_STAGES),
+    "pipeline_parallel_schedule": limited(
+        "these run a micro-batch's backward in one piece, as FSDP and compiled blocks need it",
+        "1F1B",
+        "GPipe",
+        "Interleaved1F1B",
+        instead="choose one of these",
     ),
+    "pipeline_parallel_schedule_csv": limited(
+        "schedules are torch's own", "", None, instead="set pipeline_parallel_schedule"
+    ),
+    "pipeline_parallel_microbatch_size": used(_STAGES),
     "context_parallel_degree": used("the mesh"),
     "context_parallel_load_balancer": limited(
         "the layout balances the ranks", "headtail", instead="choose --dtcp.layout"

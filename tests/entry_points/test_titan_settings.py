@@ -149,8 +149,8 @@ ON_THE_LAUNCHER = {
         "parallelism.context_parallel_load_balancer='ptrr': choose --dtcp.layout",
     ),
     "C3-stages": (
-        ["--parallelism.pipeline_parallel_degree", "2"],
-        "parallelism.pipeline_parallel_degree=2",
+        ["--parallelism.pipeline_parallel_schedule", "ZBVZeroBubble"],
+        "parallelism.pipeline_parallel_schedule='ZBVZeroBubble': choose one of these",
     ),
     "C3-graphs": (
         ["--training.no-disable_cuda_graphs"],

@@ -32,6 +32,7 @@ class SmallRun:
     def __init__(self, folder: Path, *, lr: float = 1e-2, width: int = 8, **settings: Any) -> None:
         torch.manual_seed(0)
         self.folder, self.step, self.ntokens_seen = folder, 0, 0
+        self.parallel_dims = SimpleNamespace(get_optional_mesh=lambda name: None)
         self.config = SimpleNamespace(to_dict=lambda: {"optimizer": {"lr": lr}})
         self.model = nn.Sequential(nn.Linear(8, width), nn.Linear(width, 8))
         self.optimizers = default_adamw(lr=lr).build(model_parts=[self.model])
