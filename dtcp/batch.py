@@ -34,7 +34,7 @@ from dtcp.sequence.memory import Memory
 from dtcp.sequence.row_layouts import layout_of_batch, pieces_digest
 from dtcp.sharded_batch import ShardedBatch
 from dtcp.softmax.model_masks import attends_both_ways, masks_of
-from dtcp.token_dropout import any_drops, drawn_seed, token_keys
+from dtcp.token_dropout import TokenDropout, any_drops, drawn_seed, token_keys
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,14 @@ class PreparedBatch:
         local: this rank's part of each key.
         rows: what the ranks of a cp and tp group compare before it is used.
         model: whose weights ranks of cp compare, at some of its batches.
+        dropouts: those of its modules that drop by token.
     """
 
     local: Mapping[str, Tensor]
     sharded: ShardedBatch
     rows: Rows
     model: nn.Module | None = None
+    dropouts: tuple[TokenDropout, ...] = ()
 
     @cached_property
     def hashes(self) -> RowHashes:
@@ -74,7 +76,7 @@ class PreparedBatch:
         Args:
             axes: whose ranks read the same rows; all of them call this if one does.
         """
-        if self.model is None or not any_drops(MixerKinds.of(self.model).dropouts):
+        if not any_drops(self.dropouts):
             return self
         sharded, mesh = self.sharded, self.sharded.mesh
         batch, seq_len = sharded.documents.batch, sharded.documents.seq_len
@@ -284,7 +286,7 @@ class BatchCut:
                 dims = {"dim": rule.seq_dim % x.ndim, "rows_dim": rule.rows_dim % x.ndim}
                 x = part_of_rows(x, layout, rank, **dims, pad=rule.pad)
             local[key] = x
-        return PreparedBatch(local, sharded, said, self.model)
+        return PreparedBatch(local, sharded, said, self.model, kinds.dropouts)
 
     def padded_len(self, seq_len: int, num_shards: int) -> int:
         """Tokens of a row: what the buckets have for it, and a multiple that the layout cuts."""

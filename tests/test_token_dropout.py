@@ -9,11 +9,11 @@ from torch.testing import assert_close
 
 from dtcp import (
     Causal,
-    Contiguous,
     Degrees,
     Documents,
     HeadTail,
     ParallelMesh,
+    PerDocument,
     RingAttention,
     SoftmaxAttention,
     TokenDropout,
@@ -71,8 +71,8 @@ def by_hand(seed):
 MESHES = {2: Degrees(cp=2), 3: Degrees(cp=3), 4: Degrees(cp=2, dp_shard=2)}
 
 
-@pytest.mark.slow_where(lambda compiled, ranks, layout: ranks == 3 or layout is Contiguous)
-@pytest.mark.parametrize("layout", [HeadTail, Contiguous])
+@pytest.mark.slow_where(lambda ranks, compiled, layout: ranks == 3 or layout is PerDocument)
+@pytest.mark.parametrize("layout", [HeadTail, PerDocument])
 @pytest.mark.parametrize("compiled", [False, True])
 @spmd(ranks=(2, 3, 4))
 def test_every_rank_drops_what_one_device_drops(mesh, ranks, compiled, layout):
