@@ -95,7 +95,7 @@ def hf_tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
     plan, missing = _styles(model, parts, roles, heads, tp)
     for name in owners:
         if units[name] in missing and roles[name] != EXPERTS:
-            plan[name] = LocalParams()
+            plan[name] = _whole(modules[name])
     plan |= {name: style for name, style in containers.items() if units[name] not in missing}
     of_heads = {name: style for name, style in heads.items() if isinstance(style, HeadsOfLayer)}
     plan |= {name: style for name, style in of_heads.items() if units[name] not in missing}
@@ -167,9 +167,13 @@ def _styles(
             style = None  # A norm of all heads, of which a rank would have some.
         if style is None:
             missing.setdefault(units[name], name)
-        # Experts run by the joined form of what is stored apart.
-        plan[name] = style or (WholeExperts() if is_experts(modules[name]) else LocalParams())
+        plan[name] = style or _whole(modules[name])
     return plan, missing
+
+
+def _whole(module: nn.Module) -> ParallelStyle:
+    """The style of what each rank has whole; experts run by the joined form of their weights."""
+    return WholeExperts() if is_experts(module) else LocalParams()
 
 
 def _unit(name: str, modules: Mapping[str, nn.Module]) -> str:
