@@ -33,12 +33,12 @@ _TITLE = """# Every language model of transformers
 
 What `python -m dtcp.check --hf-config NAME --matrix` says of a tiny model of every causal language
 model, every masked one (encoders), every text model of encoder and decoder, and every model that
-reads images and text and gives text, that transformers has, with torch {torch}. A check that
-*passed* found loss and every gradient equal to one device in fp64; what is *refused* is refused in
-a sentence instead of a wrong result. Dropout is set to 0; an encoder that can be a decoder is
-checked as both, and so is a decoder that can do without its encoder. Rows are text alone: of models
-that read images the language model is checked, within the whole model; rows with images are
-[tested](transformers.md#images) for some of them.
+reads images and text and gives text, that transformers has, with torch {torch} (and timm and scipy,
+where transformers needs them). A check that *passed* found loss and every gradient equal to one
+device in fp64; what is *refused* is refused in a sentence instead of a wrong result. Dropout is set
+to 0; an encoder that can be a decoder is checked as both, and so is a decoder that can do without
+its encoder. Rows are text alone: of models that read images the language model is checked, within
+the whole model; rows with images are [tested](transformers.md#images) for some of them.
 
 - **cp 2**: eager, by a ring; *compiled*, *all-gather* and *Ulysses* change one thing of it, and
   **cp 2 x tp 2** adds tensor parallelism. `HaloAttention` takes the windows of any of them.
