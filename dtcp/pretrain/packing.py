@@ -1,6 +1,8 @@
 """Documents to rows of S tokens: one stream, in time and memory linear in what it reads.
 
 A document's ids come in pieces (`Tokenizer.pieces`), and what a row takes of them is copied once.
+Documents are read ahead, some at a time, for a tokenizer that takes many at once on all cores:
+every rank packs all rows of a run, and one core tokenizes fewer than many GPUs train on.
 """
 
 from collections.abc import Iterator
@@ -11,6 +13,9 @@ import numpy as np
 from dtcp.pretrain.sources import Source
 from dtcp.pretrain.text_files import DataError, Document
 from dtcp.pretrain.tokenizer import Ids, Tokenizer
+
+AHEAD = 256  # documents that are read and tokenized at once, at most
+AHEAD_CHARACTERS = 1 << 23  # in them, after which no more are read; about 50 bytes for each
 
 
 @dataclass(frozen=True)
@@ -76,14 +81,15 @@ def pack(
     epoch = start.epoch
     while True:
         count = tokens = 0
-        for number, document in _numbered(source, epoch):
+        first = start.document if epoch == start.epoch else 0
+        for number, document, pieces in _tokenized(source, tokenizer, epoch, first):
             count += 1
-            if (epoch, number) < (start.epoch, start.document):
+            if number < first:
                 continue
             done = start.offset if (epoch, number) == (start.epoch, start.document) else 0
             called = f"document {number} of epoch {epoch} ({document.place})"
             length = 0  # of this document in this row
-            for inputs, labels in _pairs(tokenizer, document, done, called):
+            for inputs, labels in _pairs(pieces, done, called):
                 taken = 0
                 while taken < len(inputs):
                     new = row.take(inputs[taken:], labels[taken:])
@@ -115,16 +121,44 @@ def _numbered(source: Source, epoch: int) -> Iterator[tuple[int, Document]]:
         raise DataError(f"{error} (document {number + 1} or later of epoch {epoch})") from error
 
 
-def _pairs(
-    tokenizer: Tokenizer, document: Document, skipped: int, called: str
-) -> Iterator[tuple[Ids, Ids]]:
+def _tokenized(
+    source: Source, tokenizer: Tokenizer, epoch: int, first: int
+) -> Iterator[tuple[int, Document, Iterator[Ids]]]:
+    """Documents of an epoch and the pieces of their ids: of those before the `first`, none."""
+    for group in _read_ahead(_numbered(source, epoch)):
+        wanted = tokenizer.pieces_of([each.text for number, each in group if number >= first])
+        for number, document in group:
+            yield number, document, next(wanted) if number >= first else iter(())
+
+
+def _read_ahead(documents: Iterator[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:
+    """Documents in groups, of more each time: the first row waits for few."""
+    group: list[tuple[int, Document]] = []
+    characters, room = 0, 1
+    try:
+        for each in documents:
+            group.append(each)
+            characters += len(each[1].text)
+            if len(group) >= room or characters >= AHEAD_CHARACTERS:
+                yield group
+                group, characters, room = [], 0, min(2 * room, AHEAD)
+    except DataError:
+        # What was read before it is in rows first, as if nothing were read ahead.
+        if group:
+            yield group
+        raise
+    if group:
+        yield group
+
+
+def _pairs(pieces: Iterator[Ids], skipped: int, called: str) -> Iterator[tuple[Ids, Ids]]:
     """Tokens of a document from its `skipped`-th on, and the token after each.
 
     The last token of a document is only ever a label.
     """
     before: Ids = np.empty(0, np.int64)
     try:
-        for piece in tokenizer.pieces(document.text):
+        for piece in pieces:
             ids = np.concatenate((before, piece)) if len(before) else piece
             left_out = min(skipped, max(0, len(ids) - 1))
             skipped -= left_out

@@ -214,6 +214,44 @@ def test_survive_E12_a_text_in_pieces_has_the_same_tokens(kind, tmp_path, monkey
         assert [i for ids in tokenizer.pieces(text) for i in ids.tolist()] == whole
 
 
+@pytest.mark.parametrize("kind", ["bytes", "marked", "unmarked", "added"])
+def test_survive_E12_texts_that_are_read_ahead_have_the_tokens_of_each(kind, tmp_path, monkeypatch):
+    words = ["a", "bc", "def", "\u00e9\u00e9"]
+    texts = [" ".join(words[i * n % 4] for i in range(n)) for n in (3, 1, 40, 0, 9)]
+    tokenizer = BYTES
+    if kind != "bytes":
+        made = word_tokenizer(words, marks=kind == "marked")
+        marks = {"bos_token": "<s>", "eos_token": "</s>"}
+        if kind == "added":
+            made.add_special_tokens(list(marks.values()))
+        tokenizer = of_folder(made, tmp_path / "tokenizer", **({} if kind == "unmarked" else marks))
+    monkeypatch.setattr(tokenizers, "PIECE", 64)  # one of them is longer
+    expected = [tokenizer.encode(text, add_bos=True, add_eos=True) for text in texts]
+    read = [[i for ids in x for i in ids.tolist()] for x in tokenizer.pieces_of(texts)]
+    assert read == expected
+
+
+def test_survive_E12_what_is_read_ahead_changes_no_row(tmp_path, monkeypatch):
+    """Rows, where they stand and what is wrong, of documents by themselves and of many at once."""
+    words = ["a", "bc", "def"]
+    lines = [" ".join(words[i * n % 3] for i in range(n % 11 + 1)) for n in range(300)]
+    broken = [json.dumps({"text": line}) for line in lines] + ["{"]
+    (tmp_path / "a.jsonl").write_text("\n".join(broken))
+    tokenizer, read = of_folder(word_tokenizer(words), tmp_path / "tokenizer"), []
+    monkeypatch.setattr(sources, "WINDOW", 8)
+    source = TextFiles((tmp_path / "a.jsonl",))
+    for ahead in (1, 256):
+        monkeypatch.setattr(packing, "AHEAD", ahead)
+        rows, start, said = [], packing.Cursor(0, 20, 2), ""
+        try:
+            for row in packing.pack(source, tokenizer, 32, start, infinite=False, name="these"):
+                rows.append((row.tokens.tolist(), row.labels.tolist(), row.names, row.next))
+        except DataError as error:
+            said = str(error)
+        read.append((rows, said))
+    assert read[0] == read[1] and len(read[0][0]) > 40 and "a.jsonl:301" in read[0][1]
+
+
 def test_survive_E12_rows_of_a_document_in_pieces_are_those_of_the_whole(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("".join(chr(97 + i * i % 26) for i in range(1000)))
     (tmp_path / "b.txt").write_text("short")
@@ -403,6 +441,19 @@ def test_survive_E13_a_document_that_cannot_be_tokenized_is_named(tmp_path):
     tokenizer = Failing(Tokenizer.Config(), tokenizer_path="")
     with pytest.raises(DataError, match=r"document 0 of epoch 0 \(.*x\.txt\) \(OverflowError"):
         take(loader(tmp_path, tokenizer=tokenizer), 1)
+
+
+def test_survive_E13_of_texts_read_ahead_the_one_that_fails_is_named(tmp_path):
+    made = HubTokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]"))  # which it does not have
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    lines = [json.dumps({"text": "a a" if i != 5 else "a b"}) for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    source, tokenizer = TextFiles((tmp_path / "a.jsonl",)), of_folder(made, tmp_path / "tokenizer")
+    place = next(n for n, each in enumerate(source.documents(0)) if "b" in each.text)
+    rows = packing.pack(source, tokenizer, 1, packing.Cursor(), infinite=False, name="these")
+    assert [next(rows).tokens.tolist() for _ in range(place)] == [[0]] * place
+    with pytest.raises(DataError, match=rf"document {place} of epoch 0 \(.*a\.jsonl:6\)"):
+        next(rows)
 
 
 def test_survive_E13_a_row_of_a_dataset_is_named(tmp_path, monkeypatch):
