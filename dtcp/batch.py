@@ -76,14 +76,16 @@ class PreparedBatch:
         Args:
             axes: whose ranks read the same rows; all of them call this if one does.
         """
-        if not any_drops(self.dropouts):
+        # In evaluation, too, ranks hear of one that drops.
+        seed = drawn_seed(axes, drops=any_drops(self.dropouts)) if self.dropouts else None
+        if seed is None:
             return self
         sharded, mesh = self.sharded, self.sharded.mesh
         batch, seq_len = sharded.documents.batch, sharded.documents.seq_len
         rows = mesh.rank("batch") * batch + torch.arange(batch)
         whole = torch.arange(seq_len).expand(batch, -1)
         tokens = part_of_rows(whole, sharded.layout, mesh.rank("cp"), dim=1, pad=0)
-        metadata = sharded.attn_metadata.with_token_keys(token_keys(drawn_seed(axes), rows, tokens))
+        metadata = sharded.attn_metadata.with_token_keys(token_keys(seed, rows, tokens))
         return replace(self, sharded=replace(sharded, attn_metadata=metadata))
 
     def to(self, device: torch.device | str | None) -> tuple[dict[str, Tensor], ShardedBatch]:

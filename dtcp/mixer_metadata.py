@@ -66,10 +66,11 @@ def batch_metadata(
     counted = documents.position_ids() if position_ids is None else position_ids
     real, last = coords.document >= 0, int(counted.max())
     metadata = collect_metadata(model, coords, real=real, last_position=last)
-    if not any_drops(MixerKinds.of(model).dropouts):
+    seed = drawn_seed(drops=any_drops(MixerKinds.of(model).dropouts))
+    if seed is None:
         return metadata
     rows, tokens = torch.arange(coords.rows), torch.arange(coords.seq_len)
-    return metadata.with_token_keys(token_keys(drawn_seed(), rows, tokens))
+    return metadata.with_token_keys(token_keys(seed, rows, tokens))
 
 
 def mixers_of(model: nn.Module) -> tuple[Mixer, ...]:

@@ -13,6 +13,7 @@ from dtcp.experts.losses import RouterLoss
 from dtcp.mixer import Mixer
 from dtcp.sequence.arguments import check_kind
 from dtcp.style import MixerStyle
+from dtcp.token_dropout import TokenDropout
 
 
 def apply_plan(
@@ -129,6 +130,8 @@ def _check_router_losses(model: nn.Module, mesh: DeviceMesh) -> None:
 
 def dropout_of(module: nn.Module) -> float:
     """The rate of a module of torch's that drops at random, in training; 0 of any other."""
+    if isinstance(module, TokenDropout):
+        return 0.0
     return float(module.p) if isinstance(module, _DROPOUT) else 0.0
 
 

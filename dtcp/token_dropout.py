@@ -29,14 +29,15 @@ SPREAD, FIRST, SECOND = -0x61C88647, 0x7FEB352D, -0x7B935975
 """Odd factors of 32 bits: 2^32 divided by the golden ratio, and two found by search (lowbias32)."""
 
 
-class TokenDropout(nn.Module):
+class TokenDropout(nn.Dropout):
     """Drops each channel of each token with probability p in training, and scales what is left.
 
     In a model of your own, called with the metadata of its batch: `self.drop(x, attn_metadata)`. A
     batch has what it reads where it was made for the model, in training mode: by `shard_batch`
     (with `model`), `shard_hf_batch` or `batch_metadata`. What is dropped follows
     `torch.manual_seed`; two calls of one module on one batch drop the same. Of a rank that has
-    some channels alone, x is a DTensor, which says which.
+    some channels alone, x is a DTensor, which says which. It is an nn.Dropout to code that looks
+    for those to set their rate, as TRL's `disable_dropout` does.
 
     Args:
         p: from 0 to 1.
@@ -179,11 +180,14 @@ def kept(keys: Tensor, number: Tensor, channels: Tensor, p: float) -> Tensor:
     keys = mixed(keys ^ number)[..., None]
     # Both halves count, at two steps: no token's channels are another one's, shifted.
     low, high = keys.to(torch.int32), (keys >> 32).to(torch.int32)
-    x = channels * SPREAD + low
-    x = (x ^ (x >> 16 & 0xFFFF)) * FIRST ^ high
-    x = (x ^ (x >> 15 & 0x1FFFF)) * SECOND
-    x = x ^ (x >> 16 & 0xFFFF)
-    return x >= round(p * 2**32) - 2**31
+    x = _folded(channels * SPREAD + low, 16).mul_(FIRST).bitwise_xor_(high)
+    x = _folded(_folded(x, 15).mul_(SECOND), 16)
+    return x >= min(round(p * 2**32), 2**32 - 1) - 2**31
+
+
+def _folded(x: Tensor, shift: int) -> Tensor:
+    """Numbers of 32 bits with their upper bits laid over the lower ones, in place: it is large."""
+    return x.bitwise_xor_((x >> shift).bitwise_and_((1 << 32 - shift) - 1))
 
 
 def mixed(x: Tensor) -> Tensor:
@@ -206,14 +210,27 @@ def token_keys(seed: Tensor, rows: Tensor, token_index: Tensor) -> Tensor:
 
 
 @on_host
-def drawn_seed(axes: Sequence[DeviceMesh | None] = ()) -> Tensor:
+def drawn_seed(axes: Sequence[DeviceMesh | None] = (), *, drops: bool = True) -> Tensor | None:
     """A number for a batch, by torch's generator of the host: that of the first rank of the axes.
 
     Traffic per rank: one number from each rank, in one all_gather per axis.
+
+    Args:
+        drops: whether this rank needs one: None where no rank does.
+    Raises:
+        ValueError: ranks of which some do; on all of them.
     """
-    seed = torch.randint(2**63 - 1, (1,))
+    seed = torch.randint(2**63 - 1, (1,)) if drops else torch.tensor([-1])
     wide = [axis for axis in axes if isinstance(axis, DeviceMesh) and axis.size() > 1]
-    return numbers_of_ranks(seed, wide).view(-1)[0]
+    of_ranks = numbers_of_ranks(seed, wide).view(-1)
+    need = (of_ranks >= 0).tolist()
+    if len({*need}) > 1:
+        raise ValueError(
+            f"Ranks that share rows drop all, or none does, got TokenDropout in training mode, "
+            f"with p above 0, on {need.count(True)} of {len(need)} ranks: call model.train() or "
+            f"model.eval() on all of them."
+        )
+    return of_ranks[0] if drops else None
 
 
 def numbered(model: nn.Module) -> tuple[TokenDropout, ...]:

@@ -134,6 +134,10 @@ def test_dropout_in_evaluation_and_at_both_ends_is_torchs():
     drop = model.last
     assert drop.eval()(x) is x and TokenDropout(0.0)(x) is x
     assert_close(TokenDropout(1.0)(x), torch.zeros_like(x))
+    for p, share in ((1 - 1e-12, 0.0), (1e-12, 1.0)):
+        keys = token_keys(torch.tensor(3), torch.arange(2), torch.arange(48))
+        mask = kept(keys, torch.tensor(1), torch.arange(16, dtype=torch.int32), p)
+        assert float(mask.double().mean()) == share
     drop.train()
     half = drop(x.bfloat16(), metadata)
     assert half.dtype == torch.bfloat16
@@ -156,6 +160,17 @@ def test_a_batch_without_keys_and_other_tokens_are_refused():
         model.last(x[:, :47], batch_metadata(model, Documents(LENGTHS, 48)))
     with pytest.raises(ValueError, match=r"got p=1.5"):
         TokenDropout(1.5)
+
+
+@spmd(ranks=2)
+def test_never_silent_one_rank_in_evaluation_where_the_other_drops(mesh):
+    mesh = ParallelMesh.from_degrees(MESHES[2], "cpu")
+    model, x, _ = model_and_rows()
+    apply_plan(model, mesh.cp, {"mixer": RingAttention()})
+    model.train(mesh.rank("cp") == 0)
+    with pytest.raises(ValueError, match=r"in training mode, with p above 0, on 1 of 2 ranks"):
+        shard_batch({"inputs_embeds": x}, mesh, model=model)
+    shard_batch({"inputs_embeds": x}, mesh, model=model.eval())
 
 
 @spmd(axes={"tp": 2})

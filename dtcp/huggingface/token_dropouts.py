@@ -5,6 +5,7 @@ that it runs on. A block that is checkpointed runs again with the metadata that 
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -122,7 +123,8 @@ class DropoutCalls:
 
     def refused(self) -> Iterator[str]:
         """What cannot be done by token, in sentences."""
-        known = {each.name for each in self.surveyed()}
+        known = {each.name: each for each in self.surveyed()}
+        places = Counter(x for _, x in self.model.named_modules(remove_duplicate=False))
         for module, name in self.modules.items():
             said = f"{name} ({type(module).__name__}): dropout={module.p} in training would "
             if name not in known:
@@ -130,6 +132,9 @@ class DropoutCalls:
             again = [each for each in self.run_again if name.startswith(f"{each}.")]
             if again:
                 yield f"{said}drop the same each time that {again[0]} runs: set it to 0.0."
+            elif places[module] > 1 and name in known and known[name].called_again:
+                # A block counts the calls in itself alone.
+                yield f"{said}drop the same in each of {places[module]} places: use one for each."
 
 
 def _alike(before: SurveyedDropout, now: SurveyedDropout) -> bool:

@@ -94,6 +94,11 @@ def test_what_would_not_drop_by_token_is_refused_by_name():
     assert "OPTForCausalLM is random in training" in said
     shared = refused("albert", "MaskedLM", embedding_size=16, hidden_dropout_prob=0.1, **quiet)
     assert any("albert_layer_groups.0 runs" in said for said in shared)
+    one_for_all = build("gpt2", **HIDDEN["gpt2"])
+    for block in one_for_all.transformer.h:
+        block.mlp.dropout = one_for_all.transformer.h[0].mlp.dropout
+    (said,) = survey(one_for_all).refused
+    assert "h.0.mlp.dropout" in said and "the same in each of 2 places" in said
 
 
 def test_dropouts_of_other_adapters_of_a_layer_drop_by_token_too():

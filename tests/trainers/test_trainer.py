@@ -25,6 +25,7 @@ from trl import (
     SFTTrainer,
 )
 from trl.experimental.orpo import ORPOTrainer
+from trl.trainer.utils import disable_dropout_in_model
 
 from dtcp import TokenDropout
 from dtcp.distributed.gathered import free_gathered
@@ -291,7 +292,10 @@ def test_trainer_takes_dropout_of_adapters_and_refuses_that_of_attention(tmp_pat
     trainer = MeshTrainer(
         get_peft_model(build("llama"), config), arguments(tmp_path), mesh=ONE_RANK
     )
-    assert any(isinstance(x, TokenDropout) for x in trainer.model.modules())
+    dropouts = [x for x in trainer.model.modules() if isinstance(x, TokenDropout)]
+    assert dropouts and all(x.p == 0.05 for x in dropouts)
+    disable_dropout_in_model(trainer.model)  # as TRL's trainers do once the model is on the mesh
+    assert all(x.p == 0 for x in dropouts)
     with pytest.raises(ValueError, match=r"dropout=0.1 in training would depend"):
         MeshTrainer(build("llama", attention_dropout=0.1), arguments(tmp_path), mesh=ONE_RANK)
 
