@@ -250,6 +250,11 @@ def any_drops(dropouts: Iterable[TokenDropout]) -> bool:
     return any(each.training and each.p > 0 for each in dropouts)
 
 
+def calls_again(block: nn.Module) -> bool:
+    """Whether one forward of a block calls a dropout several times."""
+    return any(isinstance(x, TokenDropout) and x.called_again for x in block.modules())
+
+
 def leave_out_dropout(model: nn.Module) -> None:
     """Let nothing of a model drop by token, where it is compared or planned, not trained."""
     for module in model.modules():

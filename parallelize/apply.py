@@ -40,7 +40,7 @@ from dtcp.parallelize.tied_parameters import (
 )
 from dtcp.sequence.arguments import check_kind
 from dtcp.style import MixerStyle
-from dtcp.token_dropout import SCOPE, DropoutScope, ForwardOnBatch
+from dtcp.token_dropout import SCOPE, DropoutScope, ForwardOnBatch, calls_again
 
 KEEP_ALL = NoCheckpoint()
 PLAIN_FSDP = FSDP()
@@ -110,12 +110,11 @@ def parallelize(
     for name, block in blocks.items():
         routes = mesh.ep is not None and bool(_styles_inside(name, block, plan.ep))
         block.forward = _checkpointed_and_compiled(
-            block.forward,
+            block,
             activation_checkpoint.keeping_routes() if routes else activation_checkpoint,
             compile.with_data_sizes() if routes and compile else compile,
             has_island=_has_eager_island(name, block, plan.cp if mesh.cp is not None else {})
             or (mesh.hsdp is not None and _is_gathered_in_parts(name, fsdp_units)),
-            scope=vars(block).get(SCOPE),
         )
     if mesh.hsdp is not None:
         shard_parameters(
@@ -171,22 +170,24 @@ def _apply_styles(model: nn.Module, mesh: ParallelMesh, plan: ParallelPlan) -> N
 
 
 def _checkpointed_and_compiled(
-    forward: Forward,
+    block: nn.Module,
     checkpoint: ActivationCheckpoint,
     compile: Compile | None,
     *,
     has_island: bool,
-    scope: DropoutScope | None,
 ) -> Forward:
     """Checkpoint and compile a block's forward, one inside the other as its graph allows.
 
-    Args:
-        scope: of dropouts inside, which learns of its batch outside of graphs.
+    Dropouts inside learn of their batch outside of graphs; and a graph that recomputes its block
+    would have to forget how often it had called one.
     """
+    scope, forward = vars(block).get(SCOPE), block.forward
     if compile is None:
         return checkpoint.wrap(_noting(scope, forward))
     if has_island:
         return checkpoint.wrap(_noting(scope, compile.around_islands(forward)))
+    if calls_again(block):
+        return checkpoint.wrap(_noting(scope, compile.whole(forward)))
     return _noting(scope, compile.whole(checkpoint.wrap(forward)))
 
 

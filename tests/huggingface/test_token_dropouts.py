@@ -74,6 +74,16 @@ def test_lora_drops_by_token_on_cp_beside_tp_in_blocks_that_are_compiled_and_rec
     assert_same_masks(lora(), lora(), Degrees(cp=2, tp=2), **options)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@spmd(ranks=1)
+def test_block_that_calls_a_dropout_twice_drops_the_same_again(mesh, compiled):
+    """In a graph that recomputes, dynamo would let nobody count the calls."""
+    options = {"resid_pdrop": 0.2, "embd_pdrop": 0.0, "attention_dropout": 0.0}
+    how = {"compile": Compile("aot_eager") if compiled else None}
+    models = (build("phi", **options) for _ in range(2))
+    assert_same_masks(*models, Degrees(), activation_checkpoint=FullCheckpoint(), **how)
+
+
 @spmd(ranks=2)
 def test_blocks_that_transformers_recomputes_drop_the_same_again(mesh):
     model = lora()
