@@ -25,6 +25,7 @@ from dtcp.huggingface.padding_ids import with_padding_of_ids
 from dtcp.huggingface.rotary_lengths import last_position
 from dtcp.labels import IGNORED
 from dtcp.metadata import BatchMetadata
+from dtcp.mixer_metadata import MixerKinds
 from dtcp.rows import DEFAULT_FIELDS, Rows
 from dtcp.sequence.arguments import check_batch, check_tensor
 from dtcp.sequence.batch_documents import DOCUMENT_KEYS
@@ -77,20 +78,24 @@ def shard_two_sequences(
     buckets: Buckets | None = None,
     **options: Any,
 ) -> tuple[dict[str, Tensor], ShardedBatch]:
-    """As shard_hf_batch, for a model with an encoder: the ShardedBatch is the decoder's."""
+    """As shard_hf_batch, for a model with an encoder: the ShardedBatch is the decoder's.
+
+    What drops may read either sequence, wherever it is: adapters of cross attention, of the head.
+    """
+    dropouts = MixerKinds.of(model).dropouts
 
     def encoded() -> PreparedBatch:
         cut = BatchCut(mesh, layout, model=model.get_encoder(), buckets=buckets)
         check_batch("A batch", batch)
         if needs_labels:
             check_labeled(batch)
-        return cut.prepared(_encoder_rows(batch, model))
+        return replace(cut.prepared(_encoder_rows(batch, model)), dropouts=dropouts)
 
     memory, of_memory = shard_prepared(encoded, mesh, **options)
 
     def decoded() -> PreparedBatch:
         cut = BatchCut(mesh, layout, model=model.get_decoder(), buckets=buckets, memory=of_memory)
-        return cut.prepared(_decoder_rows(batch, model))
+        return replace(cut.prepared(_decoder_rows(batch, model)), dropouts=dropouts)
 
     local, sharded = shard_prepared(decoded, mesh, **options)
     both = sharded.attn_metadata.with_memory(of_memory.attn_metadata)

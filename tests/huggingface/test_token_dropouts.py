@@ -169,3 +169,16 @@ def test_two_sequences_drop_by_tokens_of_their_own(mesh):
     loss.backward()
     assert_close(summed(loss, mesh), expected.detach(), rtol=BOUND, atol=0.0)
     assert_gradients(model, gradients(reference), BOUND)
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], r".*EncDecAttention\.k"])
+@spmd(ranks=1)
+def test_adapters_of_one_part_alone_drop_by_the_tokens_of_what_they_read(mesh, targets):
+    """Encoder and decoder are cut by themselves, and either may have no dropout of its own."""
+    options = {"d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    base = build("t5", head="Seq2SeqLM", d_model=32, dropout_rate=0.0, **options)
+    config = {"lora_dropout": 0.3, "target_modules": targets}
+    model, mesh = on_mesh_of(adapted(model=base, config=config), Degrees())
+    ids = torch.arange(24).view(1, 24)
+    losses = [causal_lm_loss(model, {"input_ids": ids, "labels": ids}, mesh) for _ in "ab"]
+    assert losses[0] != losses[1]
