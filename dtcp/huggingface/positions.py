@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dtcp.forward import wrap_forward
 from dtcp.huggingface.position_tables import is_position_table, sines_of_positions
+from dtcp.metadata import BatchMetadata
 from dtcp.rows import Rows
 
 _TABLE = re.compile(r"(^|\.)(wpe|(?!.*relative)\w*position\w*)$")
@@ -164,13 +166,16 @@ def call_with_positions(
 ) -> Any:
     """Call a model with position_ids among the arguments, whether it takes them or not.
 
-    Padding that a layout adds counts on, maybe beyond what the model has learned; all else was
-    looked at where the batch was cut.
+    Padding that a layout adds counts on, maybe beyond what the model has learned. Tokens there
+    are for its table to refuse.
     """
-    if (most := vars(model).get(_LONGEST)) is not None:
-        for key in (KEY, DECODER_KEY):
-            if isinstance(kwargs.get(key), Tensor):
-                kwargs[key] = kwargs[key].clamp(max=most - 1)
+    batch, most = kwargs.get("attn_metadata"), vars(model).get(_LONGEST)
+    if most is not None and isinstance(batch, BatchMetadata):
+        first = batch if batch.memory is None else batch.memory
+        for key, own in ((KEY, first), (DECODER_KEY, batch)):
+            ids = kwargs.get(key)
+            if isinstance(ids, Tensor) and own.real is not None:
+                kwargs[key] = torch.where(own.real, ids, ids.clamp(max=most - 1))
     if positions.taken and not positions.readers and positions.offset:
         kwargs[KEY] = kwargs[KEY] + positions.offset
     if positions.taken:

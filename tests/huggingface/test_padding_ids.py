@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from dtcp import Documents, batch_metadata
 from dtcp.batch import shard_batch
 from dtcp.check.checked_hf import CheckedHuggingFaceModel
 from dtcp.distributed.mesh import Degrees, ParallelMesh
@@ -140,3 +141,16 @@ def test_layers_that_are_left_out_at_random_are_refused():
 def test_routers_that_give_places_by_the_whole_batch_are_refused():
     refused = survey(CheckedHuggingFaceModel("nllb-moe").build()).refused
     assert any("experts take expert_capacity=64 tokens of a batch" in each for each in refused)
+
+
+def test_never_silent_tokens_beyond_the_learned_positions_where_no_rows_are_cut():
+    """One device's metadata are made without ids; only padding is let count on."""
+    alone, length = ParallelMesh(Degrees(), None, *[None] * 7), 35
+    model = parallelize_hf(tiny("gpt2", max_position_embeddings=34), alone)
+    call = {
+        "input_ids": torch.ones(1, length, dtype=torch.int64),
+        "position_ids": torch.arange(length)[None],
+        "attn_metadata": batch_metadata(model, Documents(((length,),), length)),
+    }
+    with pytest.raises(IndexError, match="index out of range"):
+        model(**call)
