@@ -182,3 +182,13 @@ def test_channels_of_a_dtensor_are_those_of_the_whole(mesh):
     for placement in (Replicate(), Shard(2)):
         placed = distribute_tensor(x, mesh, [placement])
         assert_close(model.last(placed, metadata).full_tensor(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_drops_what_a_host_drops(compiled):
+    """Products of 32 and of 64 bits wrap around there as here, in inductor's kernels, too."""
+    model, x, _ = model_and_rows()
+    metadata = batch_metadata(model, Documents(LENGTHS, 48))
+    drop = torch.compile(model.last, fullgraph=True) if compiled else model.last
+    assert_close(drop(x.cuda(), metadata.to("cuda")).cpu(), model.last(x, metadata))
