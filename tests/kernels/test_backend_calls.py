@@ -9,7 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dtcp.kernels.softmax.calls import CallKind, calls_of
 from dtcp.kernels.softmax.demand import demand_of
 from dtcp.kernels.softmax.libraries.flash4 import block_size
-from dtcp.kernels.softmax.pieces import EVERY_ROW, MOST_PIECES, find_pieces, read_pieces
+from dtcp.kernels.softmax.pieces import (
+    EVERY_ROW,
+    MOST_PIECES,
+    find_pieces,
+    read_pieces,
+    without_room,
+)
 from dtcp.kernels.softmax.sparsity import block_states, key_blocks, query_blocks
 from dtcp.kernels.softmax.types import Keys, Queries, SoftmaxParams
 from dtcp.sequence.block_balanced import BlockBalanced
@@ -209,6 +215,18 @@ def test_packed_documents_are_one_packed_call_of_a_backend():
                 assert len(calls) <= 1 or mask is WINDOW
     (calls,) = calls_on(AllGatherAttention(), HeadTail(64, 4), 1, Causal(), documents)
     assert len(calls) <= 2 and {call.kind for call in calls} == {CallKind.CAUSAL}
+
+
+def test_a_table_is_remembered_without_its_room_for_more():
+    """Each attention hashes one, and a thousand are kept: of a long row, 0.15 MB were zeros."""
+    index = torch.arange(8 * MOST_PIECES)
+    for length, count in ((8, MOST_PIECES), (64, MOST_PIECES // 8), (4, 1)):
+        table = find_pieces((index // length * length)[None], index[None], index, tiles=1)
+        for whole in (table, torch.cat((table, torch.zeros(ROOM, 9, dtype=torch.int64)))):
+            used = without_room(whole)
+            assert len(used) == count
+            assert read_pieces(used) == read_pieces(whole)
+    assert read_pieces(used) is None  # more than there is room for
 
 
 def test_a_further_layer_does_no_work_for_each_document_of_a_packed_call():

@@ -24,6 +24,7 @@ from dtcp.kernels.softmax.choice import (
 from dtcp.kernels.softmax.demand import Demand, demand_of
 from dtcp.kernels.softmax.libraries.load import library_kernel
 from dtcp.kernels.softmax.merge import add_sink, sink_gradient
+from dtcp.kernels.softmax.pieces import without_room
 from dtcp.kernels.softmax.reference import ReferenceAttention
 from dtcp.kernels.softmax.score_bias import ScoreBias
 from dtcp.kernels.softmax.self_test import fault_of
@@ -181,7 +182,7 @@ def _calls(queries: Queries, keys: Keys) -> tuple[Call, ...] | None:
         return None
     batch, length = queries.q.shape[:2]
     sizes = (batch, length, keys.k.shape[1])
-    return _read_calls(pieces.numpy().tobytes(), pieces.shape[1], *sizes)
+    return _read_calls(without_room(pieces).numpy().tobytes(), pieces.shape[1], *sizes)
 
 
 @lru_cache(maxsize=1024)

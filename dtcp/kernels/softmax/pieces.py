@@ -103,6 +103,11 @@ def pieces_of_parts(rows: Sequence[SlotRuns], keys: KeyLine, *, tiles: int) -> T
     return torch.from_numpy(table)
 
 
+def without_room(table: Tensor) -> Tensor:
+    """A table's rows that say something: each attention hashes them, and they are remembered."""
+    return table[: max(1, int(table[:, 2].count_nonzero()))]
+
+
 def read_pieces(table: Tensor) -> list[Piece] | None:
     """The pieces of a table; None if the mask is not a plain one."""
     rows = table.tolist()
