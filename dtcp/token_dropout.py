@@ -234,8 +234,15 @@ def drawn_seed(axes: Sequence[DeviceMesh | None] = (), *, drops: bool = True) ->
 
 
 def numbered(model: nn.Module) -> tuple[TokenDropout, ...]:
-    """The modules of a model that drop by token; each has the number of its name from now on."""
+    """The modules of a model that drop by token; each has the number of its name from now on.
+
+    Pipeline stages come in an nn.ModuleList: what they call a module counts, without the place of
+    its stage there, where that tells all modules apart.
+    """
     found = [(name, x) for name, x in model.named_modules() if isinstance(x, TokenDropout)]
+    if isinstance(model, nn.ModuleList):
+        of_stages = [(name.partition(".")[2], x) for name, x in found]
+        found = of_stages if len(dict(of_stages)) == len(found) else found
     for name, module in found:
         if module.number is None:
             digest = hashlib.blake2b(name.encode(), digest_size=8).digest()

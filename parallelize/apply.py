@@ -197,7 +197,8 @@ def _noting(scope: DropoutScope | None, forward: Forward) -> Forward:
 
 def _spread_experts(model: nn.Module, mesh: ParallelMesh, plan: ParallelPlan) -> None:
     """Experts to ranks of their own."""
-    if mesh.ep is None:
+    # Of pipeline stages some may have no experts.
+    if mesh.ep is None or (mesh.pp is not None and not plan.ep):
         return
     if not plan.ep:
         raise ValueError(

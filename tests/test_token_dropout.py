@@ -104,6 +104,29 @@ def test_one_device_drops_the_same_without_a_mesh():
     assert_close(gradients(model), expected_grads)
 
 
+def test_stages_of_a_rank_drop_what_their_modules_drop_in_the_whole_model():
+    """Their place in the list counts where the names alone would let two drop the same."""
+    x, documents = torch.ones(1, 8, 16), Documents(((8,),), 8)
+
+    def dropped(model, *modules):
+        torch.manual_seed(3)
+        metadata = batch_metadata(model, documents)
+        return [module(x, metadata) for module in modules]
+
+    def stage(name):
+        return nn.ModuleDict({name: TokenDropout(0.5)})
+
+    whole = nn.ModuleDict({"first": TokenDropout(0.5), "last": TokenDropout(0.5)})
+    stages = nn.ModuleList([stage("first"), stage("last")])
+    assert_close(
+        dropped(stages, stages[0]["first"], stages[1]["last"]),
+        dropped(whole, whole["first"], whole["last"]),
+    )
+    alike = nn.ModuleList([stage("first"), stage("first")])
+    one, other = dropped(alike, alike[0]["first"], alike[1]["first"])
+    assert not torch.equal(one, other)
+
+
 @pytest.mark.parametrize("p", [0.001, 0.05, 0.5, 0.9])
 def test_each_channel_of_each_token_is_kept_by_itself(p):
     """At the rate asked for; whatever is compared, no more alike than chance has it."""

@@ -47,7 +47,8 @@ class MicroBatch(NamedTuple):
     labels: Tensor
     cursor: Cursor
     """Where the next micro-batch starts."""
-    documents: str
+    documents: tuple[str, str]
+    """The first and the last one, of all ranks."""
     work: tuple[int, ...]
     """Keys that the tokens of each data-parallel rank see under a causal mask."""
 
@@ -119,8 +120,8 @@ class PackedDocuments(BaseDataLoader):
             )
         self.source = open_source(config)
         self.cursor = Cursor()
-        self.last_read = "nothing yet"
-        """Documents of the last micro-batch, for who looks for the cause of a failed step."""
+        self.last_read: tuple[str, ...] = ()
+        """First and last document of the last micro-batch, for who looks why a step failed."""
         self.last_work: tuple[int, ...] = ()
         """Work of each data-parallel rank in the last micro-batch."""
         self.prepare: Prepare | None = None
@@ -234,7 +235,7 @@ class PackedDocuments(BaseDataLoader):
         labels = torch.from_numpy(np.stack([row.labels for row in mine]))
         if self.prepare is not None:
             batch = self.prepare(batch, labels)
-        read = f"{rows[0].names[0]} to {rows[-1].names[-1]}"
+        read = (rows[0].names[0], rows[-1].names[-1])
         work = tuple(sum(work_of(row.lengths) for row in part) for part in shares)
         return MicroBatch(batch, labels, rows[-1].next, read, work)
 

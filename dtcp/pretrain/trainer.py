@@ -103,6 +103,8 @@ class Trainer(titan.Trainer):
     """Rank 0's right to write the run's folder."""
     has_stepped: bool = False
     """Whether this process has taken a step."""
+    step_read: tuple[str, ...] = ()
+    """First and last document of each micro-batch of a step."""
 
     def __init__(self, config: Config) -> None:
         check_settings(config)
@@ -185,6 +187,7 @@ class Trainer(titan.Trainer):
                 raise DataError(f"{error} (read on all ranks for step {self.step})") from error
             if isinstance(self.dataloader, PackedDocuments):
                 self.metrics_processor.row_work.append(self.dataloader.last_work)
+                self.step_read += self.dataloader.last_read
             yield only_prepared(*batch)
 
     def _end_with_data(self) -> None:
@@ -212,6 +215,7 @@ class Trainer(titan.Trainer):
         if self.config.validator.enable and self.validator.should_validate(self.step):
             self.validator.read_ahead()
         self.metrics_processor.row_losses.clear()
+        self.step_read = ()
         try:
             super().train_step(data_iterator)
         except RuntimeError as error:
@@ -285,8 +289,8 @@ class Trainer(titan.Trainer):
         return int(dims.dp_replicate * dims.dp_shard * dims.cp)
 
     def _data_read(self) -> str:
-        loader = self.dataloader
-        return f": {loader.last_read}" if isinstance(loader, PackedDocuments) else ""
+        read = self.step_read
+        return f": {read[0]} to {read[-1]}" if read else ""
 
     def _check_vocabulary(self) -> None:
         tokenizer, scored = self.tokenizer, self.model_config.vocab_size

@@ -123,10 +123,8 @@ class BeforeStep:
 
     def __call__(self, optimizers: Any, model_parts: list[nn.Module], dims: ParallelDims) -> None:
         axis = ParallelMesh.from_parallel_dims(dims).loss
-        # A stage at an end may have no layer, and nothing to do.
         for part in model_parts:
-            if any(True for _ in part.get_submodule("layers").children()):
-                self.register(optimizers, part, axis)
+            self.register(optimizers, part, axis)
 
     def register(self, optimizers: Any, model: nn.Module, axis: DeviceMesh | None) -> None:
         optimizers.register_step_pre_hook(lambda *_, **__: self.work(model, axis))

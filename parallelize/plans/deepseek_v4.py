@@ -67,6 +67,8 @@ def balance_experts(model: nn.Module, axis: DeviceMesh | None, *, speed: float =
     Traffic per rank: one all-reduce of the loads.
     """
     routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
+    if not routers:
+        return  # a pipeline stage without layers, or of those that choose experts by token id
     loads = torch.stack([router.load for router in routers])
     if axis is not None:
         dist.all_reduce(loads, group=axis.get_group())

@@ -131,6 +131,13 @@ def test_expert_parallel_without_experts_is_refused(mesh):
         parallelize(Llama(CONFIG), ranks, llama_plan(CONFIG, ranks, RingAttention()))
 
 
+@spmd(ranks=4)
+def test_a_pipeline_stage_may_have_no_experts(mesh):
+    """Of a stage with the head alone, say, ranks of ep hold nothing of their own."""
+    ranks = ParallelMesh.from_degrees(Degrees(pp=2, cp=2, ep=2), "cpu")
+    parallelize(Llama(CONFIG), ranks, llama_plan(CONFIG, ranks, RingAttention()))
+
+
 @pytest.mark.parametrize("exchange", ["all_to_all", "deep_ep", "misspelt"])
 def test_expert_exchange_of_a_mesh_without_ep_is_refused(exchange):
     one = ParallelMesh(Degrees(), None, *[None] * 7)

@@ -292,6 +292,13 @@ def test_deepseek_v4_routers_are_balanced_by_the_loads_of_all_ranks(mesh):
         assert not router.load.any()
 
 
+def test_deepseek_v4_without_a_router_that_learns_has_nothing_to_balance():
+    """A pipeline stage of layers that look experts up by token."""
+    stage = DeepseekV4(tiny(64)).layers[:1]
+    assert not any(isinstance(x, TopKRouter) for x in stage.modules())
+    balance_experts(stage, None)
+
+
 @spmd(ranks=2)
 def test_deepseek_v4_refuses_a_tp_that_does_not_divide(mesh):
     config, whole = tiny(64), ParallelMesh.from_degrees(Degrees(tp=2), "cpu")

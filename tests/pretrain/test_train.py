@@ -179,8 +179,16 @@ def test_verify_repeats_the_steps_of_four_ranks_on_one_device(axis, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_is_one_error_and_the_last_checkpoint_stays(tmp_path):
-    code, output = train("--dump_folder", str(tmp_path), config="diverging", ranks=0)
+    """It names the documents of all parts of the step."""
+    parts = ("--training.local_batch_size", "1", "--training.global_batch_size", "4")
+    code, output = train("--dump_folder", str(tmp_path), *parts, config="diverging", ranks=0)
     assert code == 1
+    config = diverging()
+    options = {"dp_world_size": 1, "dp_rank": 0, "seq_len": 64, "local_batch_size": 4}
+    data = config.dataloader.build(tokenizer=config.tokenizer.build(tokenizer_path=""), **options)
+    for _ in zip(range(2), data, strict=False):
+        read = " to ".join(data.last_read)
+    assert f"data of this step: {read}. " in output
     assert output.count("error:") == 1 and "Traceback" not in output
     assert "at step=2" in output and "The last checkpoint is of step 1" in output
     assert [path.name for path in tmp_path.glob("checkpoint/step-*")] == ["step-1"]

@@ -184,16 +184,23 @@ def test_verify_compares_stages_with_one_device(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3_5", "deepseek_v4"])
-def test_verify_compares_stages_of_experts_with_one_device(family, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "how", "sizes"),
+    [
+        ("qwen3_5", (f"{P}last_stage_less_layers", "3"), "3 + 1"),
+        ("deepseek_v4", (f"{P}last_stage_less_layers", "3"), "3 + 1"),
+        # The first stage looks all of its experts up by token.
+        ("deepseek_v4", (f"{P}schedule", "Interleaved1F1B"), "1 + 2 + 1 + 0"),
+    ],
+)
+def test_verify_compares_stages_of_experts_with_one_device(family, how, sizes, tmp_path):
     """In fp64, with experts on ranks of their own; routers' biases follow the loads of a step."""
     output = train_run.trained(
         *("--dtcp.verify", "2", "--dump_folder", str(tmp_path), *STAGES),
-        *("--parallelism.expert_parallel_degree", "2"),
-        *(f"{P}last_stage_less_layers", "3"),
+        *("--parallelism.expert_parallel_degree", "2", *how),
         **OWN | {"config": f"{family}_micro", "ranks": 4},
     )
-    assert "stages      3 + 1 layers" in output and "experts" in output
+    assert f"stages      {sizes} layers" in output and "experts" in output
     agreed = re.search(r"steps agree to (\S+)", output)
     assert float(agreed[1]) < 1e-9
     assert float(re.search(r"first step agree to (\S+)", output)[1]) < 1e-9
