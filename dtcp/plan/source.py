@@ -82,6 +82,11 @@ def _of_config(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:
     config = parse(["--config", arguments.config, *rest])
     check_settings(config)
     check_effects(config)
+    if (stages := config.parallelism.pipeline_parallel_degree) > 1:
+        raise ValueError(
+            f"Every rank has all layers in a plan, got --config {arguments.config} with "
+            f"parallelism.pipeline_parallel_degree={stages}: take a config without stages."
+        )
     try:
         subject = subject_of(config)
     except ValueError:
@@ -119,11 +124,12 @@ CHOSEN: Mapping[str, str] = {
             f"parallelism.{axis}_degree"
             for axis in (
                 *("data_parallel_replicate", "data_parallel_shard", "context_parallel"),
-                *("tensor_parallel", "expert_parallel", "pipeline_parallel"),
+                *("tensor_parallel", "expert_parallel"),
             )
         ],
         "give --mesh, as cp=8,tp=1",
     ),
+    "parallelism.pipeline_parallel_degree": "leave it out, for no stages are planned",
     "training.local_batch_size": "give the rows of a step, --global-batch",
     "dtcp.ranks_per_node": "give the nodes, --cluster",
 }

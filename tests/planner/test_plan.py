@@ -22,11 +22,19 @@ from dtcp.planner.search import Planner
 from dtcp.planner.setup import Setup
 from dtcp.planner.subject import FamilyModel, OwnModel, subject_of_hf
 from dtcp.planner.workload import Workload
+from dtcp.pretrain.configs import llama_tiny
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
 
 TINY = FamilyModel("tiny", "llama", llama.tiny())
 ROW = Documents.single(1, 2**17)
+
+
+def staged():
+    """A config with pipeline stages."""
+    config = llama_tiny()
+    config.parallelism.pipeline_parallel_degree = 2
+    return config
 
 
 def run(capsys, *arguments):
@@ -90,6 +98,14 @@ def test_plan_as_json_has_bytes_and_seconds(capsys):
         (
             ["--config", "llama_tiny", "--parallelism.context_parallel_degree=4"],
             "got --parallelism.context_parallel_degree=4: give --mesh, as cp=8,tp=1",
+        ),
+        (
+            ["--config", "llama_tiny", "--parallelism.pipeline_parallel_degree", "2"],
+            "leave it out, for no stages are planned",
+        ),
+        (
+            ["--config", "staged", "--module", "tests.planner.test_plan"],
+            "got --config staged with parallelism.pipeline_parallel_degree=2: take",
         ),
         (["--config", "llama_tiny", "--dtcp.ranks_per_node", "4"], "give the nodes, --cluster"),
         (["--config", "llama_tiny", "--dtcp.ulysses_degree", "4"], "name hybrid, or leave it out"),
