@@ -23,6 +23,11 @@ class Saved(MeshTrainerMixin, Trainer):
     def __init__(self, processes, **ranks):
         self.mesh = SimpleNamespace(rank=lambda axis: ranks.get(axis, 0))
         self.args = SimpleNamespace(world_size=processes, process_index=processes - 1)
+        self.accelerator = SimpleNamespace(wait_for_everyone=self.others_are_here)
+        self.waited = 0
+
+    def others_are_here(self):
+        self.waited += 1
 
 
 def test_random_states_are_those_of_batch_ranks_on_every_mesh(tmp_path):
@@ -35,7 +40,9 @@ def test_random_states_are_those_of_batch_ranks_on_every_mesh(tmp_path):
     Saved(4, batch=1)._save_rng_state(str(tmp_path))
     other = torch.rand(3)
     torch.manual_seed(8)
-    Saved(4, batch=1, cp=1)._save_rng_state(str(tmp_path))  # writes nothing
+    beside = Saved(4, batch=1, cp=1)
+    beside._save_rng_state(str(tmp_path))  # writes nothing, and waits for those that do
+    assert beside.waited == 1
     files = ["rng_state_0.pth", "rng_state_1.pth"]
     assert sorted(file.name for file in (tmp_path / RANDOM_STATES).iterdir()) == files
     for each in (Saved(1), Saved(2, cp=1), Saved(4, tp=1)):
