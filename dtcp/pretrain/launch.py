@@ -27,7 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from dtcp._torch.agent import end_ranks
 from dtcp._torch.compiler import set_inductor_processes
-from dtcp.pretrain.processes import die_with
+from dtcp.pretrain.processes import Gate, die_with
 from dtcp.pretrain.rendezvous import LoopbackRendezvous
 
 Device = Literal["auto", "cpu", "accelerator"]
@@ -211,12 +211,13 @@ def launch(
     # The agent would repeat, for each rank, what the ranks have said.
     logging.disable(logging.CRITICAL)
     entrypoint: Callable[..., None] | str = _forked_rank if fork else sys.executable
-    args = (work, threads, os.getpid()) if fork else ("-u", *command)
     code = 0
     for restarts in range(policy.max_restarts + 1):
         if restarts:
             _warn(f"restart     {restarts} of {policy.max_restarts}, from the last checkpoint")
-        code = _attempt(ranks, entrypoint, args, policy)
+        gate = Gate()
+        args = (work, threads, os.getpid(), gate) if fork else ("-u", *command)
+        code = _attempt(ranks, entrypoint, args, policy, gate)
         if code in (0, REFUSED) or code > 128:
             break
     return 1 if code == REFUSED else code
@@ -227,6 +228,7 @@ def _attempt(
     entrypoint: Callable[..., None] | str,
     args: tuple[Any, ...],
     policy: RestartPolicy,
+    gate: Gate,
 ) -> int:
     """Start the ranks once and return the exit code of the first to fail, or 0."""
     spec = WorkerSpec(
@@ -239,7 +241,7 @@ def _attempt(
         # Seconds. A rank that was killed is to be noticed before its peers fail for want of it.
         monitor_interval=0.02,
     )
-    agent = Agent(spec, policy.stop_seconds)
+    agent = Agent(spec, policy.stop_seconds, gate)
     try:
         failures = agent.run().failures
     except SignalException as stopped:
@@ -268,14 +270,16 @@ class Agent(LocalElasticAgent):
 
     Args:
         stop_seconds: how long ranks have to save when this process is to stop.
+        gate: what forked ranks wait at, to be opened.
     """
 
-    def __init__(self, spec: WorkerSpec, stop_seconds: int) -> None:
+    def __init__(self, spec: WorkerSpec, stop_seconds: int, gate: Gate) -> None:
         super().__init__(spec, DefaultLogsSpecs(os.devnull), start_method="fork")
-        self.stop_seconds, self._is_closing = stop_seconds, False
+        self.stop_seconds, self.gate, self._is_closing = stop_seconds, gate, False
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         if isinstance(worker_group.spec.entrypoint, str):
+            self.gate.open()
             return super()._start_workers(worker_group)
         # A forked rank hears nothing before it has handlers of its own: those of this process
         # would raise in it, where it has hardly begun.
@@ -283,6 +287,7 @@ class Agent(LocalElasticAgent):
         try:
             return super()._start_workers(worker_group)
         finally:
+            self.gate.open()
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
@@ -326,7 +331,7 @@ def end_with_launcher() -> None:
         die_with(os.getppid())
 
 
-def _forked_rank(work: Callable[[], int], threads: int | None, launcher: int) -> None:
+def _forked_rank(work: Callable[[], int], threads: int | None, launcher: int, gate: Gate) -> None:
     # A terminal's Ctrl-C reaches the launcher, which tells the ranks.
     os.setpgid(0, 0)
     # The agent's settings came along with the fork. A rank that has to end says nothing.
@@ -335,6 +340,7 @@ def _forked_rank(work: Callable[[], int], threads: int | None, launcher: int) ->
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, handled_signals())
     die_with(launcher)
+    gate.wait()
     # torch read the environment when the launcher imported it.
     if threads is not None:
         torch.set_num_threads(threads)

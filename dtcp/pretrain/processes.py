@@ -1,4 +1,4 @@
-"""Processes that outlive nobody: ranks end with their launcher, whatever ends it."""
+"""Ranks and their launcher: they begin together, and end with it, whatever ends it."""
 
 import ctypes
 import os
@@ -30,6 +30,29 @@ def die_with(parent: int) -> None:
     # It may have ended before anybody was asked to tell.
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Gate:
+    """Holds forked ranks back until all are forked; made by their launcher, before the first.
+
+    A rank is forked with the locks that threads of the launcher hold, and nobody in it opens them.
+    Where an earlier rank already called, a thread of the launcher's store was looking up its name
+    (getnameinfo), and the next rank hung in its own first look-up: 4 of 920 forks, by trial.
+    """
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+
+    def open(self) -> None:
+        """Of the launcher, once: let them go."""
+        os.close(self._write)
+        os.close(self._read)
+
+    def wait(self) -> None:
+        """Of a rank, once: until nobody holds the other end, neither the launcher nor a rank."""
+        os.close(self._write)
+        os.read(self._read, 1)
+        os.close(self._read)
 
 
 def _watch(parent: int) -> None:

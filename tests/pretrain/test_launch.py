@@ -9,6 +9,7 @@ import pytest
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
 from dtcp.pretrain.launch import Agent, handled_signals
+from dtcp.pretrain.processes import Gate
 from tests.harness.run_script import run_forked
 
 SCRIPT = """
@@ -18,6 +19,12 @@ from dtcp.pretrain import launch as launcher
 
 def forked():
     print("rank", launcher.rank(), "has threads:", torch.get_num_threads(), flush=True)
+    return 0
+
+def together():
+    parent = os.getppid()
+    with open(f"/proc/{parent}/task/{parent}/children") as children:
+        print("begins with others:", len(children.read().split()) == 2, flush=True)
     return 0
 
 def failed():
@@ -44,6 +51,10 @@ for name in ("OMP_NUM_THREADS", "PYTHONUNBUFFERED"):
     os.environ.pop(name, None)
 for work in (forked, failed, killed, stopped):
     launch(work)
+fork = os.fork
+os.fork = lambda: time.sleep(0.5) or fork()  # the first has time to run ahead
+launch(together)
+os.fork = fork
 launcher.can_fork = lambda: False
 whole_line = "import os; print('rank ' + os.environ['RANK'] + ' is a process\\\\n', end='')"
 launch(processes, "-c", whole_line)
@@ -64,6 +75,11 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, list
 def test_forked_ranks_share_the_cores(cases):
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     assert cases["forked"] == (0, [f"rank {rank} has threads: {threads}" for rank in range(2)])
+
+
+def test_forked_ranks_begin_when_all_are_forked(cases):
+    """One that is forked while another calls the launcher may find the resolver locked for good."""
+    assert cases["together"] == (0, ["begins with others: True"] * 2)
 
 
 def test_a_rank_that_fails_takes_the_others_along(cases):
@@ -91,6 +107,7 @@ def test_ranks_are_forked_deaf_to_what_the_launcher_heeds(monkeypatch):
     monkeypatch.setattr(LocalElasticAgent, "_start_workers", lambda *_: masked())
     agent, before = Agent.__new__(Agent), masked()
     for entrypoint, heard in ((print, set()), ("python", {*handled_signals()} - before)):
+        agent.gate = Gate()
         group = SimpleNamespace(spec=SimpleNamespace(entrypoint=entrypoint))
         assert {*handled_signals()} - agent._start_workers(group) == heard
         assert masked() == before
