@@ -8,6 +8,7 @@ imported and read: importing torch and torchtitan again would cost each of them 
 does not survive a fork, so elsewhere ranks are processes of their own.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -205,6 +206,8 @@ def launch(
     Args:
         work: what a forked rank does; returns its exit code.
         command: what the interpreter runs as a rank where none can be forked.
+    Raises:
+        ValueError: this machine has not what the ranks take; those that had started are ended.
     """
     fork = can_fork()  # while this process still sees all of the machine
     threads = _prepare_environment(ranks)
@@ -215,9 +218,16 @@ def launch(
     for restarts in range(policy.max_restarts + 1):
         if restarts:
             _warn(f"restart     {restarts} of {policy.max_restarts}, from the last checkpoint")
-        gate = Gate()
-        args = (work, threads, os.getpid(), gate) if fork else ("-u", *command)
-        code = _attempt(ranks, entrypoint, args, policy, gate)
+        try:
+            with contextlib.closing(Gate()) as gate:
+                args = (work, threads, os.getpid(), gate) if fork else ("-u", *command)
+                code = _attempt(ranks, entrypoint, args, policy, gate)
+        except (OSError, MemoryError) as error:
+            raise ValueError(
+                f"A machine has processes, memory, open files and temporary files for its ranks, "
+                f"got ranks={ranks.count} and {type(error).__name__}: {error}: start fewer, or "
+                f"raise its limits (ulimit -u, -n, -v) and make room in /dev/shm and TMPDIR."
+            ) from error
         if code in (0, REFUSED) or code > 128:
             break
     return 1 if code == REFUSED else code
@@ -279,15 +289,15 @@ class Agent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         if isinstance(worker_group.spec.entrypoint, str):
-            self.gate.open()
             return super()._start_workers(worker_group)
         # A forked rank hears nothing before it has handlers of its own: those of this process
         # would raise in it, where it has hardly begun.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, handled_signals())
         try:
-            return super()._start_workers(worker_group)
+            started = super()._start_workers(worker_group)
+            self.gate.open(len(started))
+            return started
         finally:
-            self.gate.open()
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:

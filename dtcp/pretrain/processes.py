@@ -43,16 +43,26 @@ class Gate:
     def __init__(self) -> None:
         self._read, self._write = os.pipe()
 
-    def open(self) -> None:
-        """Of the launcher, once: let them go."""
+    def open(self, ranks: int) -> None:
+        """Of the launcher, once all of them are forked: let them go."""
+        os.write(self._write, bytes(ranks))
+
+    def close(self) -> None:
+        """Of the launcher, at the end: ranks that still wait were not to begin, and end."""
         os.close(self._write)
         os.close(self._read)
 
     def wait(self) -> None:
-        """Of a rank, once: until nobody holds the other end, neither the launcher nor a rank."""
+        """Of a rank, once: until it is let go.
+
+        Raises:
+            SystemExit: a later rank could not be forked, or the launcher was stopped.
+        """
         os.close(self._write)
-        os.read(self._read, 1)
+        is_open = os.read(self._read, 1)
         os.close(self._read)
+        if not is_open:
+            sys.exit(1)
 
 
 def _watch(parent: int) -> None:

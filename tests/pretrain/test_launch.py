@@ -13,7 +13,7 @@ from dtcp.pretrain.processes import Gate
 from tests.harness.run_script import run_forked
 
 SCRIPT = """
-import os, signal, sys, time
+import multiprocessing, os, signal, sys, time
 import torch
 from dtcp.pretrain import launch as launcher
 
@@ -44,6 +44,32 @@ def launch(work, *command):
 def processes():
     sys.exit("a rank was forked")
 
+def unforked():
+    print("a rank began")
+
+def interrupted():
+    print("a rank began")
+
+def no_more():
+    raise BlockingIOError(11, "no more processes")
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(100):  # another thread may have taken the signal: it does not end a sleep
+        time.sleep(0.01)
+    return fork()
+
+def launch_but(work, second):
+    forks = iter((fork, second))
+    os.fork = lambda: next(forks)()
+    try:
+        launch(work)
+    except ValueError as error:
+        print(error, "exit 1", sep="\\n", flush=True)
+    for child in multiprocessing.active_children():
+        child.join()
+    os.fork = fork
+
 # Errors in their places; and the launcher's own choice of threads. Unbuffered, a line's end is a
 # write of its own, and the lines of two ranks run together.
 os.dup2(sys.stdout.fileno(), sys.stderr.fileno())
@@ -54,7 +80,8 @@ for work in (forked, failed, killed, stopped):
 fork = os.fork
 os.fork = lambda: time.sleep(0.5) or fork()  # the first has time to run ahead
 launch(together)
-os.fork = fork
+launch_but(unforked, no_more)
+launch_but(interrupted, interrupt)
 launcher.can_fork = lambda: False
 whole_line = "import os; print('rank ' + os.environ['RANK'] + ' is a process\\\\n', end='')"
 launch(processes, "-c", whole_line)
@@ -82,6 +109,18 @@ def test_forked_ranks_begin_when_all_are_forked(cases):
     assert cases["together"] == (0, ["begins with others: True"] * 2)
 
 
+def test_where_one_cannot_be_forked_none_begins_and_the_limits_are_named(cases):
+    code, lines = cases["unforked"]
+    assert code == 1 and len(lines) == 1
+    named = "processes, memory, .* got ranks=2 and BlockingIOError: .*no more processes: .*ulimit"
+    assert re.search(named, lines[0]), lines
+
+
+def test_a_launcher_that_is_interrupted_while_it_forks_lets_none_begin(cases):
+    """Of signals that one thread blocks, another hears; the handler raises in the first."""
+    assert cases["interrupted"] == (128 + 2, ["stopped by SIGINT; ranks are ended"])
+
+
 def test_a_rank_that_fails_takes_the_others_along(cases):
     assert cases["failed"] == (3, [])
 
@@ -104,11 +143,11 @@ def test_ranks_are_forked_deaf_to_what_the_launcher_heeds(monkeypatch):
     def masked():
         return set(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
 
-    monkeypatch.setattr(LocalElasticAgent, "_start_workers", lambda *_: masked())
+    monkeypatch.setattr(LocalElasticAgent, "_start_workers", lambda *_: {0: masked()})
     agent, before = Agent.__new__(Agent), masked()
     for entrypoint, heard in ((print, set()), ("python", {*handled_signals()} - before)):
         agent.gate = Gate()
         group = SimpleNamespace(spec=SimpleNamespace(entrypoint=entrypoint))
-        assert {*handled_signals()} - agent._start_workers(group) == heard
+        assert {*handled_signals()} - agent._start_workers(group)[0] == heard
         assert masked() == before
     assert handled_signals()
