@@ -69,7 +69,7 @@ class GatherEverything(AllGatherAttention):
         seq_len = layout.seq_len
         none = torch.zeros(1, seq_len, dtype=torch.int32)
         every = super().rank_metadata(layout, rank, KeyIntervals.read_off(none, none + seq_len - 1))
-        rows = [SlotRuns.of(runs, layout.partition, rank) for runs in intervals.rows]
+        rows = [SlotRuns.of(runs, layout.partition, rank) for runs in intervals.runs]
         start = np.zeros(1, dtype=np.int64)
         keys = KeyLine(start, start, start + seq_len, 1)
         ranges = block_ranges_of_parts(rows, keys, tile=self.tile)

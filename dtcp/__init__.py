@@ -30,10 +30,10 @@ from dtcp.sequence.masks import (
     BlockBidirectional,
     Causal,
     MemoryDocument,
-    PrefixLM,
     SlidingWindow,
 )
 from dtcp.sequence.per_document import PerDocument
+from dtcp.sequence.prefix_masks import FirstTokens, Prefix, PrefixLM
 from dtcp.sharded_batch import ShardedBatch
 from dtcp.softmax import (
     AllGatherAttention,
@@ -63,6 +63,7 @@ __all__ = [
     "DocumentBalanced",
     "Documents",
     "EagerIsland",
+    "FirstTokens",
     "GatedDeltaCP",
     "GatedDeltaRule",
     "GatedLinearAttention",
@@ -75,6 +76,7 @@ __all__ = [
     "MemoryDocument",
     "ParallelMesh",
     "PerDocument",
+    "Prefix",
     "PrefixLM",
     "RelayoutCP",
     "RingAttention",

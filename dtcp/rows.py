@@ -99,7 +99,11 @@ class Rows:
         check_kind("A batch", Mapping, fields=fields)
         # A key that `fields` names is a key of the model, whatever it is called.
         keys = [key for key in batch if key in DOCUMENT_KEYS and key not in fields]
-        said = {key: batch[key] for key in (*keys, "position_ids", "padding_mask") if key in batch}
+        said = {
+            key: batch[key]
+            for key in (*keys, "position_ids", "padding_mask", "block")
+            if key in batch
+        }
         batch = {key: x for key, x in batch.items() if key not in keys}
         if batch.get("padding_mask", 0) is None:
             del batch["padding_mask"]

@@ -21,8 +21,9 @@ from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
-from dtcp.sequence.masks import Bidirectional, BlockBidirectional, Causal, PrefixLM, SlidingWindow
+from dtcp.sequence.masks import Bidirectional, BlockBidirectional, Causal, SlidingWindow
 from dtcp.sequence.per_document import PerDocument
+from dtcp.sequence.prefix_masks import PrefixLM
 from dtcp.softmax import (
     AllGatherAttention,
     HaloAttention,

@@ -63,8 +63,8 @@ def _attention(name: str, call: Mapping[str, Any], *, backward: bool) -> int:
     first_key, last_key = metadata[:2]
     pairs = int((last_key.long() - first_key.long() + 1).clamp(min=0).sum())
     # The metadata of a line are of all its rows; else rows that are alike share theirs.
-    rows = rows if first_key.shape[1] <= length * shared else 1
-    alike = rows // first_key.shape[0]
+    rows = rows if first_key.shape[-1] <= length * shared else 1
+    alike = rows // first_key.shape[-2]
     forward = 2 * pairs * alike * heads * (key_dim + value_dim) // shared
     made = 0
     if up is not None:

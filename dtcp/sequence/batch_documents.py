@@ -58,7 +58,8 @@ def documents_and_counted(
 
     Args:
         batch: maybe position_ids [B, S], [1, S] or [axes, B, S]; padding_mask [B, S], True or 1
-            for padding, of any dtype; DOCUMENT_KEYS, as tensors or lists. None is left out.
+            for padding, of any dtype; DOCUMENT_KEYS, as tensors or lists; block [B, S], as of
+            `Coords`. None is left out.
         documents: of every row. What they have as a document may be padding; what the keys have
             ends where padding starts.
         name: where explicit documents come from.
@@ -89,7 +90,8 @@ def documents_and_counted(
             _check_same(str(first), _trimmed(chosen, padding), key, _trimmed(other, padding))
     counted = (False,) * rows
     if position_ids is not None and first is not None:
-        counted = check_restarts(chosen, position_ids, padding, name=first)
+        block = batch.get("block")
+        counted = check_restarts(chosen, position_ids, padding, name=first, block=block)
     elif position_ids is not None:
         # Nothing but position ids speaks of more than one.
         counted = (any(len(lengths) > 1 for lengths in chosen.lengths),) * rows

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dtcp.sequence.arguments import WHOLE_NUMBERS, check_tensor
 from dtcp.sequence.coords import Coords
-from dtcp.sequence.interval_runs import interval_runs
+from dtcp.sequence.mask_runs import interval_runs
 from dtcp.sequence.masks import Mask
 from dtcp.sequence.partition import Ints, stops_of, sums_before, unique_ascending
 
@@ -29,7 +29,9 @@ class WorkRuns:
     @classmethod
     def of(cls, masks: Sequence[tuple[Mask, int]], coords: Coords, row: int = 0) -> "WorkRuns":
         """Keys that tokens see, summed over masks as often as each is applied."""
-        parts = [(interval_runs(mask, coords, row), times) for mask, times in masks]
+        parts = [
+            (runs, times) for mask, times in masks for runs in interval_runs(mask, coords, row)
+        ]
         seq_len = coords.seq_len
         start = unique_ascending(np.concatenate([runs.start for runs, _ in parts]))
         work, step = np.zeros_like(start), np.zeros_like(start)

@@ -1,10 +1,10 @@
 """What a token may see: predicates on coordinates, and the intervals that kernels read.
 
 A mask is defined by `visible`, a predicate on the coordinates of a query and of a key. Every
-mask here has a property that makes it cheap: the keys a query sees are one interval of the row.
-`intervals` gives its two ends for each token, once per batch; strategies and kernels read nothing
-else, so neither knows which mask it serves. Documents never see each other and padding is never
-seen, whatever the mask.
+mask here has a property that makes it cheap: the keys a query sees are one interval of the row, or
+a few. `intervals` gives their two ends for each token, once per batch; strategies and kernels read
+nothing else, so neither knows which mask it serves. Documents never see each other and padding is
+never seen, whatever the mask.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,29 @@ from torch import Tensor
 from dtcp.sequence.arguments import WHOLE_NUMBERS, check_ints, check_tensor
 from dtcp.sequence.block_runs import split_block
 from dtcp.sequence.coords import Coords
+from dtcp.sequence.interval_sets import Interval, emptied, intersection, overlap, union
 from dtcp.sequence.memory import Memory
 
 
 @dataclass(frozen=True)
 class Mask:
     """Which keys a query sees. Masks are values; combine them with `&` and `|`."""
+
+    @property
+    def sees_itself(self) -> bool:
+        """Whether a token that sees any key sees itself.
+
+        The union of two such masks has no gap, so it is one interval.
+        """
+        return True
+
+    @property
+    def num_intervals(self) -> int:
+        """Into how many intervals the keys of a token fall, at most: one call of a kernel each.
+
+        It depends on no batch: graphs read it as a size.
+        """
+        return 1
 
     def visible(self, q: Coords, k: Coords) -> Tensor:
         """The mask's meaning: bool [B, Q, K]. Dense, for tests and pictures; nothing runs it."""
@@ -32,20 +49,21 @@ class Mask:
         """Token index of the first and last key each token sees; last < first: it sees none.
 
         Returns:
-            two [B, S], int32.
+            two [B, S], int32; two [I, B, S] of a mask of I > 1 intervals.
         Raises:
-            ValueError: for some token the mask is not one interval of the row.
+            ValueError: for some token the mask is more intervals of the row than it says, or they
+                overlap.
         """
-        first, last = ends_of(self, self._interval(coords), coords)
-        first, last = torch.maximum(first, coords.start), torch.minimum(last, coords.end)
-        none = (coords.document < 0) | (last < first)
-        first, last = first.masked_fill(none, 0), last.masked_fill(none, -1)
+        clipped = self._clipped(coords)
+        first, last = (
+            clipped[0] if len(clipped) == 1 else map(torch.stack, zip(*clipped, strict=True))
+        )
         return first.to(torch.int32), last.to(torch.int32)
 
     def work(self, coords: Coords) -> Tensor:
         """Keys that each token sees, summed over rows: [S]."""
         first, last = self.intervals(coords)
-        return (last - first + 1).clamp(min=0).sum(0)
+        return (last - first + 1).clamp(min=0).flatten(0, -2).sum(0)
 
     def __and__(self, other: "Mask") -> "Mask":
         return And(self, other)
@@ -56,8 +74,36 @@ class Mask:
     def _sees(self, q: Coords, k: Coords) -> Tensor:
         raise NotImplementedError
 
-    def _interval(self, coords: Coords) -> tuple[Tensor, Tensor]:
+    def _interval(self, coords: Coords) -> Interval:
+        """The ends of `intervals`; they may reach over the ends of the token's document."""
         raise NotImplementedError
+
+    def _clipped(self, coords: Coords) -> list[Interval]:
+        """The intervals, cut where the token's document ends: [B, S] each."""
+        first, last = ends_of(self, self._interval(coords), coords)
+        first, last = torch.maximum(first, coords.start), torch.minimum(last, coords.end)
+        first, last = emptied((coords.document < 0) | (last < first), (first, last))
+        return intervals_of(self, first, last)
+
+
+def intervals_of(mask: Mask, first: Tensor, last: Tensor) -> list[Interval]:
+    """The intervals of a mask one by one, from what `Mask.intervals` returns.
+
+    Raises:
+        ValueError: two of them overlap: keys in both would be counted twice.
+    """
+    if mask.num_intervals == 1:
+        return [(first, last)]
+    intervals = list(zip(first, last, strict=True))
+    twice = overlap(intervals)
+    if bool(twice.any()):
+        row, token = twice.nonzero()[0].tolist()
+        found = [(int(first[row, token]), int(last[row, token])) for first, last in intervals]
+        raise ValueError(
+            f"The intervals of a mask do not overlap, got {mask} that gives token {token} of row "
+            f"{row} the keys {found}: count each key once."
+        )
+    return intervals
 
 
 def ends_of(mask: Mask, ends: Any, coords: Coords) -> tuple[Tensor, Tensor]:
@@ -66,18 +112,20 @@ def ends_of(mask: Mask, ends: Any, coords: Coords) -> tuple[Tensor, Tensor]:
     Raises:
         TypeError, ValueError: it is something else, that torch would broadcast, cut or unpack.
     """
-    subject, shape = f"The interval of {mask}", coords.document.shape
+    subject, shape, named = f"The interval of {mask}", tuple(coords.document.shape), "[B, S]"
+    if mask.num_intervals > 1:
+        shape, named = (mask.num_intervals, *shape), f"[{mask.num_intervals}, B, S]"
     if not isinstance(ends, tuple | list) or len(ends) != 2:
         raise TypeError(
             f"{subject} is a first and a last key for every token, got {type(ends).__name__}: "
-            f"return two tensors [B, S]."
+            f"return two tensors {named}."
         )
     first, last = ends
-    check_tensor(subject, shape="[B, S]", dtypes=WHOLE_NUMBERS, first=first, last=last)
+    check_tensor(subject, shape=named, dtypes=WHOLE_NUMBERS, first=first, last=last)
     if first.shape != shape or last.shape != shape:
         raise ValueError(
             f"{subject} is a first and a last key for every token, got first.shape="
-            f"{tuple(first.shape)}, last.shape={tuple(last.shape)}: return two of {tuple(shape)}."
+            f"{tuple(first.shape)}, last.shape={tuple(last.shape)}: return two of {shape}."
         )
     return first, last
 
@@ -89,7 +137,7 @@ class Bidirectional(Mask):
     def _sees(self, q: Coords, k: Coords) -> Tensor:
         return torch.ones_like(q.token_index[:, :, None] == k.token_index[:, None, :])
 
-    def _interval(self, coords: Coords) -> tuple[Tensor, Tensor]:
+    def _interval(self, coords: Coords) -> Interval:
         return coords.start, coords.end
 
 
@@ -100,7 +148,7 @@ class Causal(Mask):
     def _sees(self, q: Coords, k: Coords) -> Tensor:
         return k.token_index[:, None, :] <= q.token_index[:, :, None]
 
-    def _interval(self, coords: Coords) -> tuple[Tensor, Tensor]:
+    def _interval(self, coords: Coords) -> Interval:
         return coords.start, coords.token_index
 
 
@@ -129,7 +177,7 @@ class SlidingWindow(Mask):
         near = back < self.size
         return near if self.right is None else near & (-back <= self.right)
 
-    def _interval(self, coords: Coords) -> tuple[Tensor, Tensor]:
+    def _interval(self, coords: Coords) -> Interval:
         last = coords.end if self.right is None else coords.token_index + self.right
         return coords.token_index - (self.size - 1), last
 
@@ -151,26 +199,9 @@ class AttentionChunks(Mask):
         q_chunk, k_chunk = ((x.token_index - x.start) // self.size for x in (q, k))
         return q_chunk[:, :, None] == k_chunk[:, None, :]
 
-    def _interval(self, coords: Coords) -> tuple[Tensor, Tensor]:
+    def _interval(self, coords: Coords) -> Interval:
         first = coords.token_index - (coords.token_index - coords.start) % self.size
         return first, first + (self.size - 1)
-
-
-@dataclass(frozen=True)
-class PrefixLM(Mask):
-    """A token sees what comes before it, and the whole prefix of its document.
-
-    All tokens of a document have its prefix, in tokens: no longer one and no shorter one.
-    """
-
-    def _sees(self, q: Coords, k: Coords) -> Tensor:
-        before = k.token_index[:, None, :] <= q.token_index[:, :, None]
-        return before | ((k.token_index - k.start) < _field(self, k, "prefix"))[:, None, :]
-
-    def _interval(self, coords: Coords) -> tuple[Tensor, Tensor]:
-        prefix = _field(self, coords, "prefix")
-        _check_prefix(prefix, coords)
-        return coords.start, torch.maximum(coords.token_index, coords.start + prefix - 1)
 
 
 @dataclass(frozen=True)
@@ -181,13 +212,13 @@ class BlockBidirectional(Mask):
     """
 
     def _sees(self, q: Coords, k: Coords) -> Tensor:
-        q_block, k_block = _field(self, q, "block"), _field(self, k, "block")
+        q_block, k_block = token_field(self, q, "block"), token_field(self, k, "block")
         return (q_block[:, :, None] == k_block[:, None, :]) & (q_block >= 0)[:, :, None]
 
-    def _interval(self, coords: Coords) -> tuple[Tensor, Tensor]:
+    def _interval(self, coords: Coords) -> Interval:
         if coords.block_ends is not None:
             return coords.block_ends[0], coords.block_ends[1]
-        block, seq_len = _field(self, coords, "block"), coords.token_index.shape[1]
+        block, seq_len = token_field(self, coords, "block"), coords.token_index.shape[1]
         # A block cut by a document border is two blocks: neither part sees the other.
         border = torch.ones_like(block, dtype=torch.bool)
         border[:, 1:] = (block.diff(dim=1) != 0) | (coords.document.diff(dim=1) != 0)
@@ -218,7 +249,7 @@ class MemoryDocument(Mask):
     def _sees(self, q: Coords, k: Coords) -> Tensor:
         return torch.ones_like(q.token_index[:, :, None] == k.token_index[:, None, :])
 
-    def _interval(self, coords: Coords) -> tuple[Tensor, Tensor]:
+    def _interval(self, coords: Coords) -> Interval:
         documents = self.memory(coords).documents
         most = max([1, *map(len, documents.lengths)])
         bounds = torch.zeros(documents.batch, most + 1, dtype=torch.int64)
@@ -250,6 +281,10 @@ class _OfTwo(Mask):
     def __post_init__(self) -> None:
         _check_masks(self.left, self.right)
 
+    @property
+    def sees_itself(self) -> bool:
+        return self.left.sees_itself and self.right.sees_itself
+
 
 @dataclass(frozen=True)
 class And(_OfTwo):
@@ -258,38 +293,47 @@ class And(_OfTwo):
     def _sees(self, q: Coords, k: Coords) -> Tensor:
         return self.left._sees(q, k) & self.right._sees(q, k)
 
-    def _interval(self, coords: Coords) -> tuple[Tensor, Tensor]:
-        (a_first, a_last), (b_first, b_last) = (
-            ends_of(side, side._interval(coords), coords) for side in (self.left, self.right)
-        )
-        return torch.maximum(a_first, b_first), torch.minimum(a_last, b_last)
+    @property
+    def num_intervals(self) -> int:
+        return self.left.num_intervals * self.right.num_intervals
+
+    def _clipped(self, coords: Coords) -> list[Interval]:
+        return intersection(self.left._clipped(coords), self.right._clipped(coords))
 
 
 @dataclass(frozen=True)
 class Or(_OfTwo):
-    """Seen by either; the two must overlap or touch, or the keys are not one interval."""
+    """Seen by either: one interval where both see the token itself, or as many as both have."""
+
+    @property
+    def num_intervals(self) -> int:
+        count = self.left.num_intervals + self.right.num_intervals
+        return 1 if count == 2 and self.sees_itself else count
 
     def _sees(self, q: Coords, k: Coords) -> Tensor:
         return self.left._sees(q, k) | self.right._sees(q, k)
 
-    def _interval(self, coords: Coords) -> tuple[Tensor, Tensor]:
-        a_first, a_last = self._clipped(self.left, coords)
-        b_first, b_last = self._clipped(self.right, coords)
-        no_a, no_b = a_last < a_first, b_last < b_first
-        gap = (a_first > b_last + 1) | (b_first > a_last + 1)
-        if bool((gap & ~no_a & ~no_b & (coords.document >= 0)).any()):
-            raise ValueError(
-                f"A mask is one interval of the row for every token, got mask={self}, whose two "
-                f"sides leave a gap: use masks that overlap."
-            )
-        first = torch.where(no_a, b_first, torch.where(no_b, a_first, a_first.minimum(b_first)))
-        last = torch.where(no_a, b_last, torch.where(no_b, a_last, a_last.maximum(b_last)))
-        return first, last
+    def _clipped(self, coords: Coords) -> list[Interval]:
+        return self.united(self.left._clipped(coords), self.right._clipped(coords))
 
-    @staticmethod
-    def _clipped(mask: Mask, coords: Coords) -> tuple[Tensor, Tensor]:
-        first, last = ends_of(mask, mask._interval(coords), coords)
-        return torch.maximum(first, coords.start), torch.minimum(last, coords.end)
+    def united(self, left: list[Interval], right: list[Interval]) -> list[Interval]:
+        """The keys of either, in as many intervals as the mask has.
+
+        Raises:
+            ValueError: a gap between two masks that say they have none.
+        """
+        joined = union(left, right)
+        if self.num_intervals > 1:
+            return joined
+        (a_first, a_last), (b_first, b_last) = joined
+        if bool(((a_first <= a_last) & (b_first <= b_last)).any()):
+            raise ValueError(
+                f"A mask is one interval of the row for every token that sees itself, got mask="
+                f"{self}, whose two sides leave a gap: use masks that overlap, or set "
+                f"sees_itself=False in the class of one whose tokens do not see themselves."
+            )
+        seen = b_first <= b_last
+        return [(torch.where(seen, b_first, a_first), torch.where(seen, b_last, a_last))]
 
 
 def _check_masks(*sides: Mask) -> None:
@@ -306,7 +350,12 @@ def _check_masks(*sides: Mask) -> None:
             )
 
 
-def _field(mask: Mask, coords: Coords, name: str) -> Tensor:
+def token_field(mask: Mask, coords: Coords, name: str) -> Tensor:
+    """What a mask reads of every token beside its place, [B, S].
+
+    Raises:
+        ValueError: the batch does not have it.
+    """
     value = getattr(coords, name)
     if value is None:
         instead = ", or the mm_token_type_ids of its images" if name == "block" else ""
@@ -315,24 +364,6 @@ def _field(mask: Mask, coords: Coords, name: str) -> Tensor:
             f"{name}=[B, S] with the batch{instead}."
         )
     return value
-
-
-def _check_prefix(prefix: Tensor, coords: Coords) -> None:
-    """A document has one prefix: tokens that differ in it would each see another one.
-
-    Of whole rows; who asks for the intervals of some tokens has looked at all of them.
-    """
-    if coords.documents is None:
-        return
-    first = prefix.gather(1, coords.start)
-    wrong = ((prefix != first) | (prefix < 0)) & (coords.document >= 0)
-    if bool(wrong.any()):
-        row, token = wrong.nonzero()[0].tolist()
-        raise ValueError(
-            f"PrefixLM reads one prefix >= 0 for all tokens of a document, got prefix[{row}, "
-            f"{token}]={int(prefix[row, token])} in a document that starts with "
-            f"{int(first[row, token])}: give every token its document's number."
-        )
 
 
 def _check_runs(block: Tensor, document: Tensor, border: Tensor) -> None:

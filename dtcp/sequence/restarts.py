@@ -14,9 +14,14 @@ from dtcp.sequence.partition import Ints
 
 
 def check_restarts(
-    documents: Documents, position_ids: Tensor, padding: Tensor | None, *, name: str = "documents"
+    documents: Documents,
+    position_ids: Tensor,
+    padding: Tensor | None,
+    *,
+    name: str = "documents",
+    block: Tensor | None = None,
 ) -> tuple[bool, ...]:
-    """Refuse position ids that restart elsewhere than documents start.
+    """Refuse position ids that restart elsewhere than documents start, or a block in one.
 
     Those that count on through every row are right with any documents: RoPE reads differences.
 
@@ -24,6 +29,8 @@ def check_restarts(
         position_ids: [B, S], [1, S], or [axes, B, S], of which the first axis is read.
         padding: [B, S] bool, where position ids mean nothing.
         name: where the documents come from.
+        block: [B, S], the number of each token's block. Several blocks may go on from the same
+            token, as answers do from a prompt.
     Returns:
         of each row, whether they count the tokens of its documents from 0.
     """
@@ -49,6 +56,8 @@ def check_restarts(
     starting = [(index, end) for index, x in enumerate(documents.lengths) for end in _inner(x)]
     at_starts = torch.tensor(starting, dtype=torch.int64).view(-1, 2).unbind(1)
     inside = ~torch.isin(row * seq_len + token, at_starts[0] * seq_len + at_starts[1])
+    if block is not None:
+        inside &= block[row, token] == block[row, token - 1]
     wrong = row[inside], token[inside], "inside a document"
     if not bool(inside.any()):
         row, token = tokens.among(*at_starts)

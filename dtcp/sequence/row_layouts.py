@@ -86,7 +86,7 @@ class RowLayouts(SequenceLayout):
 
 def in_line(layout: SequenceLayout, intervals: KeyIntervals) -> tuple[SequenceLayout, KeyIntervals]:
     """The layout of the line of all rows, and what the tokens on it see."""
-    rows = len(intervals.rows)
+    rows = intervals.rows
     keys = None if intervals.keys is None else line_of(intervals.keys, rows)
     return line_of(layout, rows), replace(intervals.in_line(), keys=keys)
 

@@ -35,7 +35,8 @@ class AllGather(ExchangeStrategy):
         metadata: KeyExchangeMetadata = context.metadata
         rows = self._bring(payload, metadata, context)
         keys = _in_token_order(payload, rows, metadata)
-        softmax = replace(context.softmax, wide=False)  # nothing is merged
+        wide = context.softmax.wide and queries.are_split  # else nothing is merged
+        softmax = replace(context.softmax, wide=wide)
         result = attend_once(queries, keys, softmax, sink=sink)
         return *result, *self.kept(rows, metadata)
 

@@ -29,7 +29,7 @@ def gathered_moves(metadata: KeyExchangeMetadata, shape: AttentionShape, rank: i
     sent, received = metadata.moved.tolist()
     row, back = shape.key_row, shape.grad_row
     summed = row // shape.element_size * shape.accumulated
-    held = metadata.first_key.shape[1] + sum(received)
+    held = metadata.first_key.shape[-1] + sum(received)
     there = row * (sum(sent) + sum(received) + held)
     return Moves(
         Moved.rows(sent, received, row, rank, workspace=there),
@@ -71,10 +71,10 @@ def gather_rows(
         ValueError: rows of another batch, on all ranks alike and before they exchange any.
     """
     keys, x = KeyExchangeMetadata.of_tensors(metadata), x.to(dtype)
-    if keys.first_key.shape[0] not in (1, x.shape[0]) or keys.own_keys != x.shape[1]:
+    if keys.first_key.shape[-2] not in (1, x.shape[0]) or keys.own_keys != x.shape[1]:
         raise ValueError(
             f"Rows are gathered by the metadata of their own batch, got some for {keys.own_keys} "
-            f"tokens of {keys.first_key.shape[0]} rows with x.shape={tuple(x.shape)}: pass those "
+            f"tokens of {keys.first_key.shape[-2]} rows with x.shape={tuple(x.shape)}: pass those "
             f"made with this batch."
         )
     LEDGER.record("dtcp::gather_shared_kv")
@@ -115,7 +115,7 @@ def _(x: Tensor, metadata: list[Tensor], group: str, dtype: torch.dtype, wide: b
 @_gather_backward.register_fake
 def _(grad: Tensor, metadata: list[Tensor], group: str) -> Tensor:
     keys = KeyExchangeMetadata.of_tensors(metadata)
-    return grad.new_empty((grad.shape[0], keys.first_key.shape[1], *grad.shape[2:]))
+    return grad.new_empty((grad.shape[0], keys.first_key.shape[-1], *grad.shape[2:]))
 
 
 def _gathered_like(x: Tensor, keys: KeyExchangeMetadata, wide: bool) -> Tensor:

@@ -43,7 +43,7 @@ class _Halo(AllGather):
         if room is not None:
             batch, length, heads, width = x.v.shape
             # Rows that are one line share its room.
-            room = room if metadata.first_key.shape[1] == length else room // batch
+            room = room if metadata.first_key.shape[-1] == length else room // batch
             width += 0 if x.k is None else x.k.shape[-1]
             saved.append(x.q.new_empty(batch, room, heads, width))
         return saved

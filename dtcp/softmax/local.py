@@ -37,7 +37,8 @@ class _Local:
         metadata: LocalMetadata = context.metadata
         check_key_count(x, metadata.key_token_index.numel())
         queries, keys = x.queries(metadata), _keys(x, metadata)
-        softmax = replace(context.softmax, wide=False)  # nothing is merged
+        wide = context.softmax.wide and queries.are_split  # else nothing is merged
+        softmax = replace(context.softmax, wide=wide)
         out, lse = attend_once(queries, keys, softmax, sink=x.sink)
         return ForwardResult(out, [lse])
 

@@ -30,35 +30,38 @@ def _no_counts() -> Tensor:
 class LocalMetadata(AttentionMetadata):
     """What attention on one device reads, for one mask and one batch."""
 
-    first_key: Tensor  # [B, S] int32, first and last token that each query sees
-    last_key: Tensor  # [B, S] int32
+    # [B, S] int32, first and last token that each query sees; of several intervals [I, B, S]
+    first_key: Tensor
+    last_key: Tensor
     key_token_index: Tensor  # [S] int32
-    block_ranges: HostTensor  # [B, tiles, 6] int64
+    block_ranges: HostTensor  # [B, tiles, 6] int64; likewise [I, B, tiles, 6]
     position_ids: Tensor = field(default_factory=no_indices)  # [B, S] int32; of keys from values
-    pieces: HostTensor = field(default_factory=no_pieces)  # [C, 9] int64, of find_pieces
+    pieces: HostTensor = field(default_factory=no_pieces)  # [C, 9] int64, of find_pieces; [I, C, 9]
     query_token_index: Tensor = field(default_factory=no_indices)  # [S] int32
 
     @property
     def sees(self) -> Tensor:
         """Which queries see any key: [B, S]."""
-        return self.last_key >= self.first_key
+        return _sees(self.first_key, self.last_key)
 
 
 @dataclass(frozen=True, eq=False)
 class KeyExchangeMetadata(AttentionMetadata):
     """What a strategy that exchanges keys reads: for one mask, one layout, one rank."""
 
-    first_key: Tensor  # [B, L] int32, first and last token that each query sees
-    last_key: Tensor  # [B, L] int32
+    # [B, L] int32, first and last token that each query sees; of several intervals [I, B, L]
+    first_key: Tensor
+    last_key: Tensor
     send_slot: Tensor  # [(n - 1) * L] int32: local slots to send, by peer; nobody reads the rest
     counts: HostTensor  # [2, n] int64: tokens sent and received, of each peer or step
     order: Tensor  # [K] int32: local and received keys in token order (all at once)
     key_token_index: Tensor  # [parts, K] int32; nobody reads what stands behind a part's keys
-    block_ranges: HostTensor  # [parts, B, tiles, 6] int64
+    block_ranges: HostTensor  # [parts, B, tiles, 6] int64; likewise [parts, I, B, tiles, 6]
     position_ids: Tensor = field(default_factory=no_indices)  # [B, L] int32; of keys from values
     # [parts, B, K] int32, of keys from values; nobody reads what stands behind a part's keys
     key_position_ids: Tensor = field(default_factory=no_indices)
-    pieces: HostTensor = field(default_factory=no_pieces)  # [parts, C, 9] int64, of find_pieces
+    # [parts, C, 9] int64, of find_pieces; likewise [parts, I, C, 9]
+    pieces: HostTensor = field(default_factory=no_pieces)
     query_token_index: Tensor = field(default_factory=no_indices)  # [L] int32
     # Of keys that came in from other nodes and go on inside this one; empty where none do.
     onward: Tensor = field(default_factory=no_indices)  # int32, which of the received, by peer
@@ -105,7 +108,7 @@ class KeyExchangeMetadata(AttentionMetadata):
     @property
     def sees(self) -> Tensor:
         """Which local queries see any key: [B, L]."""
-        sees = self.last_key >= self.first_key
+        sees = _sees(self.first_key, self.last_key)
         return sees.view(self.position_ids.shape) if self.in_line else sees
 
     def with_position_ids(
@@ -135,22 +138,20 @@ def local_metadata(
     Args:
         num_keys: of another sequence; None for the queries' own.
     """
-    rows = [SlotRuns.whole(runs) for runs in intervals.rows]
+    rows = [SlotRuns.whole(runs) for runs in intervals.runs]
     first, last = intervals.whole()
-    num_keys = first.shape[1] if num_keys is None else num_keys
+    seq_len = first.shape[-1]
+    num_keys = seq_len if num_keys is None else num_keys
     start = np.zeros(1, dtype=np.int64)
     keys = KeyLine(start, start, start + num_keys, 1)
-    (ranges,) = block_ranges_of_parts(rows, keys, tile=tile)
-    (pieces,) = pieces_of_parts(rows, keys, tiles=ranges.shape[1])
-    token_index = torch.arange(num_keys, dtype=torch.int32)
-    query_index = torch.arange(first.shape[1], dtype=torch.int32)
+    (ranges,), (pieces,) = ranges_and_pieces(rows, keys, intervals, tile=tile)
     return LocalMetadata(
         first_key=first,
         last_key=last,
-        key_token_index=token_index,
+        key_token_index=torch.arange(num_keys, dtype=torch.int32),
         block_ranges=ranges,
         pieces=pieces,
-        query_token_index=query_index,
+        query_token_index=torch.arange(seq_len, dtype=torch.int32),
     )
 
 
@@ -190,7 +191,7 @@ def all_gather_metadata(
     starts, stops = joined_neighbours(starts, stops)
     tokens = expand_tokens(starts, stops - starts, room=capacity)
     keys = KeyLine(np.zeros_like(starts), starts, stops, 1)
-    ranges = block_ranges_of_parts(rows, keys, tile=tile)
+    ranges, pieces = ranges_and_pieces(rows, keys, intervals, tile=tile)
     metadata = KeyExchangeMetadata(
         first_key=first,
         last_key=last,
@@ -199,7 +200,7 @@ def all_gather_metadata(
         order=torch.from_numpy(order),
         key_token_index=torch.from_numpy(tokens)[None],
         block_ranges=ranges,
-        pieces=pieces_of_parts(rows, keys, tiles=ranges.shape[2]),
+        pieces=pieces,
         query_token_index=torch.from_numpy(layout.partition.tokens(rank)),
     )
     return _handed_on(metadata, hops, by_rank) if hops.room else metadata
@@ -238,7 +239,7 @@ def ring_metadata(
     rows, first, last = local_runs(layout, rank, intervals)
     tokens = expand_tokens(starts, stops - starts)
     keys = KeyLine(step, starts, stops, n)
-    ranges = block_ranges_of_parts(rows, keys, tile=tile)
+    ranges, pieces = ranges_and_pieces(rows, keys, intervals, tile=tile)
     return KeyExchangeMetadata(
         first_key=first,
         last_key=last,
@@ -247,20 +248,41 @@ def ring_metadata(
         order=no_indices(),
         key_token_index=by_part(tokens, [local_len, *counts[1, 1:].tolist()], local_len),
         block_ranges=ranges,
-        pieces=pieces_of_parts(rows, keys, tiles=ranges.shape[2]),
+        pieces=pieces,
         query_token_index=torch.from_numpy(layout.partition.tokens(rank)),
+    )
+
+
+def _sees(first_key: Tensor, last_key: Tensor) -> Tensor:
+    """Which queries see any key: [B, L]."""
+    sees = last_key >= first_key
+    return sees.any(0) if sees.ndim == 3 else sees
+
+
+def ranges_and_pieces(
+    rows: Sequence[SlotRuns], keys: KeyLine, intervals: KeyIntervals, *, tile: int
+) -> tuple[Tensor, Tensor]:
+    """What kernels are told of the keys of each part: of `intervals`, cut to `rows`."""
+    ranges = block_ranges_of_parts(rows, keys, tile=tile)
+    tiles, num_rows = ranges.shape[2], intervals.rows
+    pieces = [
+        pieces_of_parts(rows[start : start + num_rows], keys, tiles=tiles)
+        for start in range(0, len(rows), num_rows)
+    ]
+    return intervals.stacked(ranges, dim=1), pieces[0] if len(pieces) == 1 else torch.stack(
+        pieces, 1
     )
 
 
 def local_runs(
     layout: SequenceLayout, rank: int, intervals: KeyIntervals
 ) -> tuple[list[SlotRuns], Tensor, Tensor]:
-    """What this rank's slots see: as runs of each row, and the ends of their intervals [B, L]."""
-    rows = [SlotRuns.of(runs, layout.partition, rank) for runs in intervals.rows]
+    """What this rank's slots see: as `intervals.runs`, and the ends of these, [B, L]."""
+    rows = [SlotRuns.of(runs, layout.partition, rank) for runs in intervals.runs]
     by_slot = zip(*(row.by_slot() for row in rows), strict=True)
     # One row, as most batches have, is taken as it is.
     first, last = (torch.from_numpy(x[0][None] if len(x) == 1 else np.stack(x)) for x in by_slot)
-    return rows, first, last
+    return rows, intervals.stacked(first), intervals.stacked(last)
 
 
 def by_part(x: NDArray[np.int32], counts: Sequence[int], length: int) -> Tensor:

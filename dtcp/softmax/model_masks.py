@@ -58,5 +58,6 @@ def _of_text(mask: Mask) -> Mask:
         return And(_of_text(mask.left), _of_text(mask.right))
     if isinstance(mask, Or):
         sides = [x for x in (mask.left, mask.right) if not isinstance(x, BlockBidirectional)]
-        return _of_text(sides[0]) if len(sides) == 1 else mask
+        of_images = len(sides) == 1 and sides[0].sees_itself
+        return _of_text(sides[0]) if of_images else mask
     return mask

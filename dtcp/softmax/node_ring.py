@@ -18,8 +18,7 @@ from dtcp.distributed.groups import group_of
 from dtcp.distributed.moves import Moves
 from dtcp.distributed.staging import Transfer, transfer_stream
 from dtcp.kernels.softmax.api import Keys
-from dtcp.kernels.softmax.block_ranges import TILE, KeyLine, block_ranges_of_parts
-from dtcp.kernels.softmax.pieces import pieces_of_parts
+from dtcp.kernels.softmax.block_ranges import TILE, KeyLine
 from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.partition import Ints, Partition, expand_tokens
@@ -31,7 +30,7 @@ from dtcp.softmax.exchange import (
     start_returning,
 )
 from dtcp.softmax.key_hops import KeyHops, key_hops
-from dtcp.softmax.metadata import KeyExchangeMetadata, by_part, local_runs
+from dtcp.softmax.metadata import KeyExchangeMetadata, by_part, local_runs, ranges_and_pieces
 from dtcp.softmax.moves import AttentionShape, Peers, steps_moved
 from dtcp.softmax.payload import KVPayload
 from dtcp.softmax.required_keys import PeerRuns
@@ -67,7 +66,7 @@ def node_ring_metadata(
     order, token_index = _order_of_steps(keys, nodes, m * local_len)
     rows, first, last = local_runs(layout, rank, intervals)
     line = KeyLine(keys.step, keys.start, keys.stop, nodes)
-    ranges = block_ranges_of_parts(rows, line, tile=tile)
+    ranges, pieces = ranges_and_pieces(rows, line, intervals, tile=tile)
     counts = np.stack([x.counts(n) for x in (sent, received, onward, arriving)])
     return KeyExchangeMetadata(
         first_key=first,
@@ -77,7 +76,7 @@ def node_ring_metadata(
         order=order,
         key_token_index=token_index,
         block_ranges=ranges,
-        pieces=pieces_of_parts(rows, line, tiles=ranges.shape[2]),
+        pieces=pieces,
         query_token_index=layout.token_indices(rank).to(torch.int32),
         onward=_places(onward, received, m, hops.room),
         onward_counts=torch.from_numpy(counts[2:]),

@@ -115,7 +115,7 @@ def needed_by_rank(partition: Partition, intervals: KeyIntervals, seq_len: int) 
     On a run of tokens either end of the interval moves by a token at most, so that all it covers
     is one run of keys.
     """
-    parts = [_covered(partition, runs) for runs in intervals.rows]
+    parts = [_covered(partition, runs) for runs in intervals.runs]
     rank, start, stop = (
         parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
     )

@@ -20,8 +20,9 @@ from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.layout import Contiguous, HeadTail
-from dtcp.sequence.masks import Causal, PrefixLM, SlidingWindow
+from dtcp.sequence.masks import Causal, SlidingWindow
 from dtcp.sequence.per_document import PerDocument
+from dtcp.sequence.prefix_masks import PrefixLM
 from dtcp.sequence.routes import halo_runs, rolled
 from dtcp.softmax.mixer import SoftmaxAttention
 from dtcp.softmax.required_keys import required_keys

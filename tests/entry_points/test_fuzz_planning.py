@@ -23,10 +23,10 @@ from dtcp.sequence.masks import (
     BlockBidirectional,
     Causal,
     Coords,
-    PrefixLM,
     SlidingWindow,
 )
 from dtcp.sequence.per_document import PerDocument
+from dtcp.sequence.prefix_masks import PrefixLM
 from dtcp.sequence.routes import Route, halo_runs, halo_token_indices, rolled
 from dtcp.sequence.row_layouts import RowLayouts
 from dtcp.softmax.required_keys import required_keys

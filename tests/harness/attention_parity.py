@@ -28,10 +28,10 @@ from dtcp.sequence.masks import (
     BlockBidirectional,
     Causal,
     Mask,
-    PrefixLM,
     SlidingWindow,
 )
 from dtcp.sequence.per_document import PerDocument
+from dtcp.sequence.prefix_masks import FirstTokens, Prefix, PrefixLM
 from dtcp.sharded_batch import ShardedBatch
 from dtcp.softmax import (
     AllGatherAttention,
@@ -81,7 +81,34 @@ IMAGES_IN_WINDOW = MaskCase(
 CHUNKS = MaskCase(
     Causal() & AttentionChunks(7), lambda _: reference.Both(reference.causal, reference.Chunks(7))
 )
-MASK_CASES = (CAUSAL, BIDIRECTIONAL, WINDOW, TWO_SIDED_WINDOW, PREFIX, IMAGES, IMAGES_IN_WINDOW)
+WINDOW_AND_SINKS = MaskCase(
+    Causal() & (SlidingWindow(7) | FirstTokens(3)),
+    lambda _: reference.Both(
+        reference.causal, reference.Either(reference.Window(7), reference.Beginning(3))
+    ),
+)
+SHARED_PROMPT = MaskCase(
+    Causal() & (Prefix() | BlockBidirectional()),
+    lambda documents: reference.Both(
+        reference.causal,
+        reference.Either(
+            reference.Beginning(lengths=packings.prefix_lengths(documents)),
+            reference.Blocks(packings.block_ids(documents)),
+        ),
+    ),
+)
+SPLIT_CASES = (WINDOW_AND_SINKS, SHARED_PROMPT)
+"""Of which a token sees two intervals of keys."""
+MASK_CASES = (
+    CAUSAL,
+    BIDIRECTIONAL,
+    WINDOW,
+    TWO_SIDED_WINDOW,
+    PREFIX,
+    IMAGES,
+    IMAGES_IN_WINDOW,
+    *SPLIT_CASES,
+)
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,18 @@ class Prefix:
 
 
 @dataclass(frozen=True)
+class Beginning:
+    """The first `size` tokens of the document; or lengths[row][document] of them."""
+
+    size: int = 0
+    lengths: tuple[tuple[int, ...], ...] = ()
+
+    def __call__(self, pair: Pair) -> bool:
+        size = self.lengths[pair.row][pair.document] if self.lengths else self.size
+        return pair.key < pair.start + size
+
+
+@dataclass(frozen=True)
 class Blocks:
     """The tokens with the same id >= 0 as the query, of ids[row][position]."""
 

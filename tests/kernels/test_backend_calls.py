@@ -136,14 +136,16 @@ def steps_of(style, layout, rank, mask, documents):
     coords = Coords.of(documents, block=block, prefix=packings.prefix_of_tokens(documents))
     metadata = style.rank_metadata(layout, rank, KeyIntervals.of(mask, coords))
     metadata = getattr(metadata, "outer", metadata)
-    rows, length = metadata.first_key.shape
+    rows, length = metadata.first_key.shape[-2:]
+    intervals = [x.view(-1, rows, length) for x in (metadata.first_key, metadata.last_key)]
     indices = metadata.key_token_index
     tables = metadata.pieces if indices.ndim == 2 else metadata.pieces[None]
     counts = getattr(metadata, "key_counts", [indices.numel()])
-    for table, index, count in zip(tables, indices.view(len(tables), -1), counts, strict=True):
+    for part, index, count in zip(tables, indices.view(len(tables), -1), counts, strict=True):
         real = index[:count]
-        calls = calls_of(table, batch=rows, length=length, num_keys=len(real))
-        yield calls, (metadata.first_key, metadata.last_key), real
+        for table, *interval in zip(part.view(-1, *part.shape[-2:]), *intervals, strict=True):
+            calls = calls_of(table, batch=rows, length=length, num_keys=len(real))
+            yield calls, interval, real
 
 
 STYLES = [

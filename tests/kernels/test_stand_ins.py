@@ -69,9 +69,13 @@ def problem(case, tokens=None):
     first, last = case.mask_case.mask.intervals(coords)
     q, k, v = (x.detach() for x in truth(case, 4).inputs[:3])
     parts = []
+    ends = list(zip(first, last, strict=True)) if first.ndim == 3 else [(first, last)]
     for index in tokens or [torch.arange(case.seq_len)]:
-        ranges = block_ranges(first, last, index)
-        pieces = find_pieces(first, last, index, tiles=ranges.shape[1])
+        ranges = torch.stack([block_ranges(*each, index) for each in ends])
+        tiles = ranges.shape[2]
+        pieces = torch.stack([find_pieces(*each, index, tiles=tiles) for each in ends])
+        if first.ndim == 2:
+            (ranges,), (pieces,) = ranges, pieces
         parts.append(Keys(k[:, index], v[:, index], index.int(), ranges, pieces))
     return Queries.of(q, first, last), parts
 

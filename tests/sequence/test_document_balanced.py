@@ -11,8 +11,8 @@ from dtcp.sequence.block_runs import TokenTypes, vision_blocks
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.document_pieces import RowOfDocuments
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.interval_runs import interval_runs
 from dtcp.sequence.layout import HeadTail
+from dtcp.sequence.mask_runs import interval_runs
 from dtcp.sequence.mask_work import MaskWork, WorkRuns
 from dtcp.sequence.masks import (
     AttentionChunks,
@@ -20,9 +20,9 @@ from dtcp.sequence.masks import (
     BlockBidirectional,
     Causal,
     Coords,
-    PrefixLM,
     SlidingWindow,
 )
+from dtcp.sequence.prefix_masks import FirstTokens, Prefix, PrefixLM
 
 WINDOW = Causal() & SlidingWindow(7)
 IMAGES = (Causal() | BlockBidirectional()) & SlidingWindow(7)
@@ -45,6 +45,14 @@ MASKS = (
     SlidingWindow(4, right=2) & BlockBidirectional(),
     (Causal() | BlockBidirectional()) & AttentionChunks(4),
     (PrefixLM() | BlockBidirectional()) & SlidingWindow(6, right=3),
+    FirstTokens(4),
+    Prefix(),
+    Prefix() & SlidingWindow(5),
+    Causal() & (SlidingWindow(5) | FirstTokens(3)),
+    FirstTokens(3) | (SlidingWindow(5, right=2) & PrefixLM()),
+    Causal() & (Prefix() | BlockBidirectional()),
+    SlidingWindow(9) & (Prefix() | BlockBidirectional() | FirstTokens(2)),
+    (Prefix() | SlidingWindow(2)) & (FirstTokens(4) | AttentionChunks(6)),
 )
 MIXTURE = {Causal(): 1, WINDOW: 5}
 
@@ -81,12 +89,15 @@ def test_runs_are_the_intervals_of_all_tokens(mask):
         documents = Documents((a_row(draw, seq_len), a_row(draw, seq_len)), seq_len)
         coords, token = coords_of(draw, documents), np.arange(seq_len)
         first, last = mask.intervals(coords)
-        for row in range(2):
-            runs = interval_runs(mask, coords, row)
-            found = runs.at(token)
-            assert (found[0] == first[row].numpy()).all() and (found[1] == last[row].numpy()).all()
-            assert set(runs.first_step) | set(runs.last_step) <= {0, 1}
-            assert [*runs.start[1:], seq_len] == [*runs.stop] and runs.start[0] == 0
+        pairs = zip(first.view(-1, 2, seq_len), last.view(-1, 2, seq_len), strict=True)
+        for index, (first, last) in enumerate(pairs):
+            for row in range(2):
+                runs = interval_runs(mask, coords, row)[index]
+                found = runs.at(token)
+                assert (found[0] == first[row].numpy()).all()
+                assert (found[1] == last[row].numpy()).all()
+                assert set(runs.first_step) | set(runs.last_step) <= {0, 1}
+                assert [*runs.start[1:], seq_len] == [*runs.stop] and runs.start[0] == 0
 
 
 def test_blocks_of_images_are_runs_of_their_token_types():
@@ -104,7 +115,7 @@ def test_blocks_of_images_are_runs_of_their_token_types():
         expected = IMAGES.intervals(Coords.of(documents, block=block))
         for row in range(2):
             for each, index in ((coords, row), (coords.of_row(row), 0)):
-                found = np.stack(interval_runs(IMAGES, each, index).at(token))
+                found = np.stack(interval_runs(IMAGES, each, index)[0].at(token))
                 assert (found == torch.stack(expected)[:, row].numpy()).all()
         assert "block" not in vars(coords)  # nothing as long as the row was made
         assert torch.equal(coords.block, block)
@@ -120,8 +131,8 @@ def test_runs_are_a_few_for_each_document_however_long():
     for scale in (1, 1000):
         documents = Documents(((40 * scale, 9 * scale, 30 * scale),), 100 * scale)
         coords = Coords.of(documents)
-        assert len(interval_runs(Causal(), coords).start) == 4
-        assert len(interval_runs(Causal() & SlidingWindow(7 * scale), coords).start) == 7
+        assert len(interval_runs(Causal(), coords)[0].start) == 4
+        assert len(interval_runs(Causal() & SlidingWindow(7 * scale), coords)[0].start) == 7
 
 
 def test_mask_of_ones_own_is_read_off_its_intervals():
@@ -132,7 +143,7 @@ def test_mask_of_ones_own_is_read_off_its_intervals():
             return coords.token_index - coords.token_index % 2, coords.token_index
 
     coords = Coords.of(Documents(((9, 4),), 14))
-    found = interval_runs(EveryOther(), coords).at(np.arange(14))
+    found = interval_runs(EveryOther(), coords)[0].at(np.arange(14))
     assert [x.tolist() for x in found] == [x[0].tolist() for x in EveryOther().intervals(coords)]
     uneven = Coords.of(coords.documents, prefix=torch.arange(14)[None] % 3)
     with pytest.raises(ValueError, match="one prefix >= 0 for all tokens"):

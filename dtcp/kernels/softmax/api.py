@@ -38,6 +38,7 @@ from dtcp.kernels.softmax.types import (
     Queries,
     SavedForward,
     SoftmaxParams,
+    each_interval,
 )
 
 __all__ = [
@@ -71,6 +72,8 @@ def attention_kernel(
 ) -> AttentionKernel:
     """The backend that `params` names, or the fastest that does what these tensors ask for.
 
+    Args:
+        queries: that see one interval of keys.
     Raises:
         ValueError: the named backend cannot, or there is none of that name.
     """
@@ -80,11 +83,12 @@ def attention_kernel(
 
 
 def kernel_choice(queries: Queries, keys: Keys, params: SoftmaxParams) -> KernelChoice:
-    """What `attention_kernel` takes for these, and why not another.
+    """What `attention_kernel` takes for these, and why not another; for their first interval.
 
     Raises:
         ValueError: as of `attention_kernel`.
     """
+    queries, keys = each_interval(queries, keys)[0]
     return chosen(demand_of(queries, keys, _calls(queries, keys), params), params.kernel)
 
 
@@ -100,7 +104,7 @@ def check_kernel(
         return
     q = queries.q
     k, v = (q.new_empty(0, 0, kv_heads, width) for width in (q.shape[-1], value_width))
-    keys = Keys(k, v, queries.first_key[0, :0])
+    keys = Keys(k, v, queries.first_key.flatten()[:0])
     check_takes(demand_of(queries, keys, None, params), params.kernel)
 
 
@@ -131,7 +135,8 @@ def _say_of_backend(
 
 def attend(state: OnlineSoftmax, queries: Queries, keys: Keys, params: SoftmaxParams) -> None:
     """Merge the attention of `queries` over `keys` into `state`."""
-    attention_kernel(queries, keys, params).attend(state, queries, keys, params)
+    for part in each_interval(queries, keys):
+        attention_kernel(*part, params).attend(state, *part, params)
 
 
 def attend_backward(
@@ -142,19 +147,21 @@ def attend_backward(
     params: SoftmaxParams,
 ) -> None:
     """Add the gradients of `attend` over these keys to `grads`; dk and dv are of `keys`."""
-    attention_kernel(queries, keys, params).attend_backward(grads, saved, queries, keys, params)
+    for part in each_interval(queries, keys):
+        attention_kernel(*part, params).attend_backward(grads, saved, *part, params)
 
 
 def attend_once(
     queries: Queries, keys: Keys, params: SoftmaxParams, *, sink: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention where there are no other keys: out [B, L, H, V] in q's dtype and lse [B, L, H]."""
-    kernel = attention_kernel(queries, keys, params)
-    if isinstance(kernel, OneGoAttention):
+    if queries.are_split:
+        note_merged_parts(queries, keys, params)
+    elif isinstance(kernel := attention_kernel(queries, keys, params), OneGoAttention):
         out, lse = add_sink(*kernel.attend_once(queries, keys, params), sink)
         return out.to(queries.q.dtype), lse
     state = OnlineSoftmax.empty(queries.q, keys.v.shape[-1])
-    kernel.attend(state, queries, keys, params)
+    attend(state, queries, keys, params)
     return state.finish(sink, queries.q.dtype)
 
 
@@ -162,11 +169,12 @@ def attend_once_backward(
     saved: SavedForward, queries: Queries, keys: Keys, params: SoftmaxParams
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv of `attend_once`."""
-    kernel = attention_kernel(queries, keys, params)
-    if isinstance(kernel, OneGoAttention):
-        return kernel.attend_once_backward(saved, queries, keys, params)
+    if not queries.are_split:
+        kernel = attention_kernel(queries, keys, params)
+        if isinstance(kernel, OneGoAttention):
+            return kernel.attend_once_backward(saved, queries, keys, params)
     grads = GradAccumulators(zeros_for(queries.q), zeros_for(keys.k), zeros_for(keys.v))
-    kernel.attend_backward(grads, saved, queries, keys, params)
+    attend_backward(grads, saved, queries, keys, params)
     return grads.dq, grads.dk, grads.dv
 
 

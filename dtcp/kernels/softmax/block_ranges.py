@@ -43,7 +43,7 @@ def block_ranges(
             repeat, descend or follow UNUSED.
     """
     check_ints("A tile of queries", least=1, tile=tile)
-    rows = [SlotRuns.whole(runs) for runs in KeyIntervals.read_off(first_key, last_key).rows]
+    rows = [SlotRuns.whole(runs) for runs in KeyIntervals.read_off(first_key, last_key).runs]
     name = {"key_token_index": key_token_index}
     check_tensor("A tile of queries", shape="[K]", ndim=1, dtypes=WHOLE_NUMBERS, **name)
     used = key_token_index != UNUSED

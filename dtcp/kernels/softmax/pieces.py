@@ -73,7 +73,7 @@ def find_pieces(
         key_token_index: [K], ascending, then UNUSED where a buffer is longer than its keys.
     """
     keys = key_token_index[key_token_index != UNUSED].numpy().astype(np.int64)
-    rows = [SlotRuns.whole(runs) for runs in KeyIntervals.read_off(first_key, last_key).rows]
+    rows = [SlotRuns.whole(runs) for runs in KeyIntervals.read_off(first_key, last_key).runs]
     return pieces_of_parts(rows, KeyLine.of_tokens(keys), tiles=tiles)[0]
 
 

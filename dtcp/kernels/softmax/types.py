@@ -34,7 +34,8 @@ class SoftmaxParams:
 class Keys(NamedTuple):
     """Keys that are on this rank, in ascending order of their places in the sequence.
 
-    And what the host knows of which of them the queries see that they are given with.
+    And what the host knows of which of them the queries see that they are given with; for each of
+    the intervals of these, where they have several.
     """
 
     k: Tensor  # [B, K, G, D]
@@ -45,11 +46,14 @@ class Keys(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """Local queries, and the interval of token indices that each of them sees."""
+    """Local queries, and the interval of token indices that each of them sees, or several.
+
+    A backend is given one at a time (`each_interval`).
+    """
 
     q: Tensor  # [B, L, H, D]
-    first_key: Tensor  # [B, L]
-    last_key: Tensor  # [B, L]
+    first_key: Tensor  # [B, L], or [I, B, L]
+    last_key: Tensor  # likewise
     bias: ScoreBias | None = None
 
     @classmethod
@@ -62,13 +66,35 @@ class Queries(NamedTuple):
             ValueError: they are those of another batch. Every rank raises, so none is left
                 waiting in a collective.
         """
-        if first_key.shape[0] not in (1, q.shape[0]) or first_key.shape[1] != q.shape[1]:
+        if first_key.shape[-2] not in (1, q.shape[0]) or first_key.shape[-1] != q.shape[1]:
             raise ValueError(
                 f"Attention reads the metadata of its own batch, got some for "
-                f"{tuple(first_key.shape)} queries with q.shape={tuple(q.shape)}: pass those "
+                f"{tuple(first_key.shape[-2:])} queries with q.shape={tuple(q.shape)}: pass those "
                 f"made with this batch."
             )
         return cls(q, first_key, last_key, bias)
+
+    @property
+    def are_split(self) -> bool:
+        """Whether they see several intervals of keys."""
+        return self.first_key.ndim == 3
+
+
+def each_interval(queries: Queries, keys: Keys) -> list[tuple[Queries, Keys]]:
+    """The same, interval by interval: no key is in two, so that results are merged or summed."""
+    if not queries.are_split:
+        return [(queries, keys)]
+    count = len(queries.first_key)
+    tables = ([None] * count if x is None else x for x in (keys.block_ranges, keys.pieces))
+    return [
+        (
+            queries._replace(first_key=first, last_key=last),
+            keys._replace(block_ranges=ranges, pieces=of),
+        )
+        for first, last, ranges, of in zip(
+            queries.first_key, queries.last_key, *tables, strict=True
+        )
+    ]
 
 
 class OnlineSoftmax(NamedTuple):
