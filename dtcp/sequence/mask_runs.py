@@ -20,7 +20,7 @@ import torch
 from dtcp.sequence.block_runs import BlockRuns
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import PADDING
-from dtcp.sequence.interval_runs import IntervalRuns, combined_runs, runs_of_ends, read_off_runs
+from dtcp.sequence.interval_runs import IntervalRuns, combined_runs, read_off_runs, runs_of_ends
 from dtcp.sequence.interval_sets import Interval, intersection
 from dtcp.sequence.masks import (
     And,

@@ -92,7 +92,7 @@ def intervals_of(mask: Mask, first: Tensor, last: Tensor) -> list[Interval]:
     Raises:
         ValueError: two of them overlap: keys in both would be counted twice.
     """
-    if mask.num_intervals == 1:
+    if mask.num_intervals < 2:
         return [(first, last)]
     intervals = list(zip(first, last, strict=True))
     twice = overlap(intervals)

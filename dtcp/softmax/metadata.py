@@ -262,7 +262,7 @@ def _sees(first_key: Tensor, last_key: Tensor) -> Tensor:
 def ranges_and_pieces(
     rows: Sequence[SlotRuns], keys: KeyLine, intervals: KeyIntervals, *, tile: int
 ) -> tuple[Tensor, Tensor]:
-    """What kernels are told of the keys of each part: of `intervals`, cut to `rows`."""
+    """What kernels read of the keys of each part: of `intervals`, cut to `rows`."""
     ranges = block_ranges_of_parts(rows, keys, tile=tile)
     tiles, num_rows = ranges.shape[2], intervals.rows
     pieces = [

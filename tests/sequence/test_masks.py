@@ -18,7 +18,7 @@ from dtcp.sequence.masks import (
     Mask,
     SlidingWindow,
 )
-from dtcp.sequence.prefix_masks import PrefixLM
+from dtcp.sequence.prefix_masks import FirstTokens, Prefix, PrefixLM
 from dtcp.softmax.mixer import SoftmaxAttention
 from tests.harness import packings
 from tests.harness.attention_parity import CHUNKS, MASK_CASES
@@ -158,6 +158,43 @@ def test_what_is_no_interval_for_every_token_is_refused(interval, match):
             batch_metadata(SoftmaxAttention(mask), documents)
 
 
+@dataclass(frozen=True)
+class Twice(Given):
+    """A mask of a user's, of two intervals."""
+
+    num_intervals = 2
+
+
+@pytest.mark.parametrize(
+    ("interval", "match"),
+    [
+        (lambda x: (x.start, x.token_index), r"return two of \(2, 2, 4\)"),
+        (lambda x: torch.stack((x.start, x.end))[None], "return two tensors"),
+        (
+            lambda x: (torch.stack((x.start, x.token_index)), x.token_index.expand(2, 2, 4)),
+            r"gives token 0 of row 0 the keys \[\(0, 0\), \(0, 0\)\]: count each key once",
+        ),
+    ],
+)
+def test_what_is_not_two_intervals_for_every_token_is_refused(interval, match):
+    given, documents = Twice(interval), Documents(((3, 1), (4,)), 4)
+    for mask in (given, given & SlidingWindow(3), Causal() | given):
+        with pytest.raises((TypeError, ValueError), match=match):
+            batch_metadata(SoftmaxAttention(mask), documents)
+
+
+def test_how_many_intervals_a_mask_has_depends_on_no_batch():
+    window, sinks = Causal() & SlidingWindow(4), FirstTokens(2)
+    assert (window | PrefixLM()).num_intervals == 1
+    assert (Causal() | BlockBidirectional()).num_intervals == 1
+    assert (window | sinks).num_intervals == (sinks | window).num_intervals == 2
+    assert ((window | sinks) & (Prefix() | BlockBidirectional())).num_intervals == 4
+    assert (sinks | Prefix() | window).num_intervals == 3
+    for lengths in ((8,), (1, 1, 6)):  # of the first tokens a window sees all, or not
+        first, last = (window | sinks).intervals(Coords.of(Documents((lengths,), 8)))
+        assert first.shape == last.shape == (2, 1, 8)
+
+
 def test_keys_of_other_documents_are_refused_of_a_mask_with_intervals_of_its_own():
     mask = Unclipped(lambda x: (x.token_index - 1, x.token_index))
     with pytest.raises(ValueError, match=r"token 0 of row 0 the keys -1 to 0 in one from 0 to 2"):
@@ -165,7 +202,12 @@ def test_keys_of_other_documents_are_refused_of_a_mask_with_intervals_of_its_own
 
 
 @pytest.mark.parametrize(
-    ("mask", "field"), [(PrefixLM(), "prefix"), (Causal() | BlockBidirectional(), "block")]
+    ("mask", "field"),
+    [
+        (PrefixLM(), "prefix"),
+        (Causal() & (Prefix() | SlidingWindow(2)), "prefix"),
+        (Causal() | BlockBidirectional(), "block"),
+    ],
 )
 def test_mask_without_the_coordinate_it_reads_is_refused(mask, field):
     coords = Coords.of(Documents.single(1, 8))

@@ -47,6 +47,17 @@ def test_position_ids_are_known_to_count_documents_if_and_only_if_they_do():
         assert check_restarts(documents, other, None) == (False,)
 
 
+def test_position_ids_may_go_back_where_a_block_starts():
+    """Of answers that share a prompt; inside of one, and without blocks, they may not."""
+    documents = Documents(((9, 3),), 12)
+    ids = torch.tensor([[0, 1, 2, 3, 4, 5, 3, 4, 5, 0, 1, 2]])
+    block = torch.tensor([[-1, -1, -1, 0, 0, 0, 1, 1, 1, -1, -1, -1]])
+    assert check_restarts(documents, ids, None, block=block) == (False,)
+    for other in (None, block.clamp(max=0)):
+        with pytest.raises(ValueError, match="got position_ids 5 and then 3 at token 6 of row 0"):
+            check_restarts(documents, ids, None, block=other)
+
+
 def a_batch():
     """Documents that leave padding, an image, and all that follows from neither."""
     documents = Documents(((3, 4), (6,)), 8)

@@ -40,6 +40,7 @@ from tests.harness.attention_parity import (
     BIDIRECTIONAL,
     CAUSAL,
     WINDOW,
+    WINDOW_AND_SINKS,
     MaskCase,
     in_tiles,
     mixer_on,
@@ -178,6 +179,7 @@ def cases(num_ranks):
         BiasCase(WINDOW, packings.two_rows, relative=11, slope=True, own_sinks=True, **heads),
         BiasCase(BIDIRECTIONAL, packings.two_rows, table=False, relative=60, value_dim=6, **heads),
         BiasCase(packing=packings.last_shard_padding, own_sinks=True, **heads),
+        BiasCase(WINDOW_AND_SINKS, relative=7, slope=True, own_sinks=True, **heads),
     )
 
 

@@ -31,7 +31,14 @@ from dtcp.softmax.latent import LatentWidths, fold_back
 from dtcp.softmax.mixer import LatentAttention
 from dtcp.softmax.style import AttentionShape
 from tests.harness import packings, reference
-from tests.harness.attention_parity import CAUSAL, LAYOUTS, WINDOW, MaskCase, in_tiles
+from tests.harness.attention_parity import (
+    CAUSAL,
+    LAYOUTS,
+    WINDOW,
+    WINDOW_AND_SINKS,
+    MaskCase,
+    in_tiles,
+)
 from tests.harness.spmd import spmd
 
 SEQ_LEN = 48
@@ -153,7 +160,8 @@ def test_mla_equals_one_device(mesh, ranks):
     rows = (packings.across_borders, packings.last_shard_padding, packings.two_rows)
     island = AllGatherAttention(boundary=EagerIsland())
     for style in (RingAttention(), AllGatherAttention(), island, HaloAttention(7)):
-        mask_case = WINDOW if isinstance(style, HaloAttention) else CAUSAL
+        mask_case = WINDOW_AND_SINKS if style is island else CAUSAL
+        mask_case = WINDOW if isinstance(style, HaloAttention) else mask_case
         mixer = claimed(mesh, in_tiles(style, 5), LatentCase(mask_case=mask_case))
         for layout, packing in product(layouts, rows):
             assert_equals_truth(
