@@ -54,7 +54,7 @@ def batch_metadata(
     """The metadata of a batch of whole rows, for a model on one device.
 
     Args:
-        prefix, block: [B, S], what `PrefixLM` and `BlockBidirectional` read.
+        prefix, block: [B, S], what masks read of prefixes and blocks.
         position_ids: [B, S], what the model is called with; None where they count a document's
             tokens.
         memory: documents of the sequence that cross attention reads.

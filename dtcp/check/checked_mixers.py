@@ -14,6 +14,7 @@ from dtcp.check.checked_model import Mixing, check_logits, in_fp64, vocabulary
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface.mixing_probe import calls, find_mixing, mixers_without_mixing, probe_length
 from dtcp.huggingface.own_errors import ModelRefused, imported, model_of_function, own_errors
+from dtcp.metadata import BatchMetadata
 from dtcp.mixer import Mixer
 from dtcp.mixer_metadata import batch_metadata
 from dtcp.parallelize import Compile, ParallelPlan, parallelize
@@ -49,7 +50,7 @@ class CheckedMixerModel:
         documents = Documents.single(1, seq_len)
         input_ids = torch.arange(seq_len)[None] % vocabulary(model)
         self.logits_on_one_device(model, input_ids, documents)
-        attn_metadata = batch_metadata(model, documents)
+        attn_metadata = _metadata(model, documents)
         run = partial(model, input_ids, documents.position_ids(), attn_metadata)
         with mixers_without_mixing(model) as names:
             mixing = find_mixing(model.eval(), run, seq_len)
@@ -80,7 +81,8 @@ class CheckedMixerModel:
         position_ids = documents.position_ids()
         remedy = "correct the model; it is called as model(input_ids, position_ids, attn_metadata)"
         with own_errors(f"{type(model).__name__} runs on one device", remedy), _named(model):
-            logits = model(input_ids, position_ids, batch_metadata(model, documents))
+            attn_metadata = _metadata(model, documents)
+            logits = model(input_ids, position_ids, attn_metadata)
         return check_logits(model, logits, input_ids.shape[1])
 
     def shard(
@@ -91,12 +93,29 @@ class CheckedMixerModel:
         mesh: ParallelMesh,
         layout: type[SequenceLayout],
     ) -> tuple[dict[str, Tensor], ShardedBatch]:
+        prefix, block = _prefixes_and_blocks(documents)
+        batch = {**batch, "prefix": prefix, "block": block}
         return shard_batch(batch, mesh, layout, model=model, documents=documents)
 
     def local_logits(
         self, model: nn.Module, batch: Mapping[str, Tensor], sharded: ShardedBatch
     ) -> Tensor:
         return model(batch["input_ids"], batch["position_ids"], sharded.attn_metadata)
+
+
+def _metadata(model: nn.Module, documents: Documents) -> BatchMetadata:
+    prefix, block = _prefixes_and_blocks(documents)
+    return batch_metadata(model, documents, prefix=prefix, block=block)
+
+
+def _prefixes_and_blocks(documents: Documents) -> tuple[Tensor, Tensor]:
+    """For masks that ask: a third of each document as its prefix, and no blocks."""
+    by_token = [
+        torch.tensor([length // 3 for length in row]).repeat_interleave(torch.tensor(row))
+        for row in documents.lengths
+    ]
+    prefix = torch.stack(by_token)
+    return prefix, torch.full_like(prefix, -1)
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface.mixing_probe import find_mixing
 from dtcp.huggingface.small_config import small_config
 from dtcp.parallelize import Compile, ParallelPlan
-from dtcp.sequence.masks import Causal
+from dtcp.sequence.masks import BlockBidirectional, Causal
+from dtcp.sequence.prefix_masks import Prefix
 from dtcp.softmax import RingAttention
 from dtcp.softmax.mixer import SoftmaxAttention
 from tests.harness.spmd import spmd
@@ -51,6 +52,14 @@ class Small(nn.Module):
         return self.head(
             self.layer(self.tokens(input_ids) + self.places(position_ids), attn_metadata)
         )
+
+
+class Answers(Small):
+    """With a mask that reads the batch's prefixes and blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer.mixer.mask = Causal() & (Prefix() | BlockBidirectional())
 
 
 class CountsItsOwnPositions(Small):
@@ -88,11 +97,14 @@ def island_plan(model, mesh, style):
     return plan(model, mesh, RingAttention(boundary=EagerIsland()))
 
 
-@pytest.mark.parametrize("degrees", [Degrees(cp=2), Degrees(dp_shard=2)])
+@pytest.mark.parametrize(
+    ("degrees", "model"),
+    [(Degrees(cp=2), "Small"), (Degrees(dp_shard=2), "Small"), (Degrees(cp=2), "Answers")],
+)
 @spmd(ranks=2)
-def test_right_model_passes(mesh, degrees):
+def test_right_model_passes(mesh, degrees, model):
     options = CheckOptions(degrees, bound=1e-12)
-    checked = CheckedMixerModel("tests.check.test_check:Small")
+    checked = CheckedMixerModel(f"tests.check.test_check:{model}")
     result = compare(checked, options, ParallelMesh.from_degrees(degrees, "cpu"), None)
     report = CheckReport(
         checked.mixing(checked.build(), options.style), options.bound, {"e": result}

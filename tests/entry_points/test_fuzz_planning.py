@@ -26,7 +26,7 @@ from dtcp.sequence.masks import (
     SlidingWindow,
 )
 from dtcp.sequence.per_document import PerDocument
-from dtcp.sequence.prefix_masks import PrefixLM
+from dtcp.sequence.prefix_masks import FirstTokens, Prefix, PrefixLM
 from dtcp.sequence.routes import Route, halo_runs, halo_token_indices, rolled
 from dtcp.sequence.row_layouts import RowLayouts
 from dtcp.softmax.required_keys import required_keys
@@ -329,7 +329,7 @@ def layouts_of_batches(draw):
 
 def a_mask(draw, documents, depth=2):
     """A mask, and the reference's rule of the same meaning."""
-    kind = draw.integer(0, 5 if depth else 4)
+    kind = draw.integer(0, 7 if depth else 6)
     if kind == 0:
         return Causal(), reference.causal
     if kind == 1:
@@ -344,18 +344,23 @@ def a_mask(draw, documents, depth=2):
         return PrefixLM(), "prefix"
     if kind == 4:
         return BlockBidirectional(), "block"
+    if kind == 5:
+        return Prefix(), "own prefix"
+    if kind == 6:
+        size = draw.integer(1, 5)
+        return FirstTokens(draw.bad("size", size, 0, -1, 1.5)), reference.Beginning(size)
     left, right = a_mask(draw, documents, depth - 1), a_mask(draw, documents, depth - 1)
     if draw.chance():
         other = draw.odd("other", right[0], None, 3)
         return left[0] & other, ("both", left[1], right[1])
-    # The two sides may leave a gap, which is no interval.
-    draw.may_be_refused("either of two masks")
     return left[0] | right[0], ("either", left[1], right[1])
 
 
 def the_rule(rule, prefix, block):
     if rule == "prefix":
         return lambda p: p.key <= p.query or p.key - p.start < int(prefix[p.row, p.key])
+    if rule == "own prefix":
+        return lambda p: p.key - p.start < int(prefix[p.row, p.key])
     if rule == "block":
         return lambda p: p.row >= 0 and 0 <= block[p.row, p.query] == block[p.row, p.key]
     if isinstance(rule, tuple):
@@ -403,7 +408,8 @@ def intervals_of_masks(draw):
     expected = reference.visible(documents.lengths, seq_len, the_rule(rule, prefix, block))
     key = torch.arange(seq_len)
     seen = (key >= first[..., None]) & (key <= last[..., None])
-    assert torch.equal(seen, expected), f"{mask}"
+    seen = seen.view(-1, *expected.shape).sum(0)
+    assert torch.equal(seen, expected.long()), f"{mask}"
     assert torch.equal(mask.visible(coords, coords), expected)
     assert mask.work(coords).tolist() == expected.sum((0, 2)).tolist()
 
