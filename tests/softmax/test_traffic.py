@@ -39,6 +39,7 @@ from tests.harness.attention_parity import (
     LAYOUTS,
     MASK_CASES,
     PREFIX,
+    SHARED_PROMPT,
     WINDOW,
     Case,
     MaskCase,
@@ -141,7 +142,7 @@ def test_bytes_are_those_of_the_keys_that_are_needed(mesh, layout, ranks):
     Of the packings each number of ranks takes another one by turns.
     """
     rank = mesh.get_local_rank()
-    masks = MASK_CASES if ranks == 4 else (CAUSAL, IMAGES_IN_WINDOW)
+    masks = MASK_CASES if ranks == 4 else (CAUSAL, IMAGES_IN_WINDOW, SHARED_PROMPT)
     heads = {"heads": 6, "kv_heads": 3} if ranks == 3 else {"heads": 4, "kv_heads": 2}
     rows = (packings.across_borders, packings.last_shard_padding, packings.two_rows)
     for (i, style), (j, mask_case) in product(enumerate(styles(ranks)), enumerate(masks)):

@@ -50,7 +50,9 @@ from tests.harness.attention_parity import (
     CAUSAL,
     IMAGES_IN_WINDOW,
     PREFIX,
+    SHARED_PROMPT,
     WINDOW,
+    WINDOW_AND_SINKS,
     Block,
     Case,
     assert_equals_one_device,
@@ -127,9 +129,9 @@ def assert_bytes(style, case, mesh, layout):
 
 
 def assert_equal_on_nodes(mesh, layouts):
-    masks = (CAUSAL, BIDIRECTIONAL, PREFIX)
+    masks = (CAUSAL, SHARED_PROMPT, PREFIX, BIDIRECTIONAL)
     for style, (index, layout) in product(STYLES, enumerate(layouts)):
-        case = Case(masks[index % 3], PACKINGS[index % 3], seq_len=32)
+        case = Case(masks[index], PACKINGS[index % 3], seq_len=32)
         mixer = mixer_on(mesh, replace(style, ranks_per_node=2, tile=8), case.mask_case.mask)
         assert_equals_one_device(case, mixer, mixer, mesh, layout)
 
@@ -150,7 +152,7 @@ def test_two_tier_attention_equals_one_device_in_every_layout(mesh):
 
 @spmd(ranks=4)
 def test_two_tier_key_crosses_once_to_each_node(mesh):
-    cases = ((DocumentBalanced, CAUSAL), (HeadTail, PREFIX))
+    cases = ((DocumentBalanced, CAUSAL), (HeadTail, PREFIX), (HeadTail, WINDOW_AND_SINKS))
     for style, (layout, mask_case) in product(STYLES, cases):
         case = Case(mask_case, packings.across_borders, sink=False)
         assert_bytes(replace(style, ranks_per_node=2), case, mesh, layout)
