@@ -90,33 +90,34 @@ def start_exchange(
 
 
 @contextmanager
-def transfer_stream(read: Tensor) -> Iterator[None]:
+def transfer_stream(device: torch.device) -> Iterator[None]:
     """What is launched here runs beside what is launched after it: packing, and the transfer.
 
-    It waits for what was launched before. `Transfer.wait` puts what follows behind the transfer.
-
-    Args:
-        read: of what is packed, the tensor that may be gone before it is.
+    It waits for what was launched before; `Transfer.wait` puts what follows behind the transfer. So
+    memory that the host gives back can be used again at once, by either stream, provided that what
+    is read here is held until `wait`. With `record_stream` it would stay taken until the GPU gets
+    there, which the host is layers ahead of.
     """
-    if not read.is_cuda:
+    if device.type != "cuda":
         yield
         return
-    stream = _stream(read.device)
-    stream.wait_stream(torch.cuda.current_stream(read.device))
-    read.record_stream(stream)
-    with torch.cuda.stream(stream):
+    here = torch.cuda.current_stream(device)
+    beside = _stream_beside(here)
+    beside.wait_stream(here)
+    with torch.cuda.stream(beside):
         yield
 
 
 @cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    # Of high priority: a kernel that packs 16 MB must not queue behind one that computes.
-    return torch.cuda.Stream(device, priority=-1)
+def _stream_beside(stream: torch.cuda.Stream) -> torch.cuda.Stream:
+    # Of high priority: a kernel that packs 16 MB must not queue behind one that computes. One for
+    # each stream: memory given back by another would not have been waited for.
+    return torch.cuda.Stream(stream.device, priority=-1)
 
 
 @dataclass
 class Transfer:
-    """A transfer in flight; `wait` gives what arrived, to the stream that waits."""
+    """A transfer in flight; `wait` gives what arrived, on the stream that it was started beside."""
 
     arrived: Tensor
     finish: Callable[[], None]
@@ -124,9 +125,6 @@ class Transfer:
 
     def wait(self) -> Tensor:
         self.finish()
-        if self.arrived.is_cuda:
-            # Allocated on the transfers' stream, read on this one.
-            self.arrived.record_stream(torch.cuda.current_stream(self.arrived.device))
         return self.arrived
 
 

@@ -177,9 +177,10 @@ class NodeRing:
         tokens = [sum(x) for x in on]
         self.onward = metadata.onward[: sum(tokens)].split(tokens)
         self.local = torch.empty(0)
-        # Gradients on their way: inside the node, and from there home.
+        # Gradients on their way, inside the node, and from there home; and, since they are read
+        # meanwhile, those that they are packed from.
         self._inside_node: tuple[int, Tensor, Transfer | None] | None = None
-        self._home: tuple[int, RowTransfer] | None = None
+        self._home: tuple[int, Tensor, RowTransfer] | None = None
 
     def steps(self) -> Iterator[tuple[int, Keys]]:
         """(step, keys), from this node's own on."""
@@ -190,7 +191,7 @@ class NodeRing:
             here = rows if inside is None else torch.cat((rows, inside.wait()))
             if step + 1 < self.num_nodes:
                 rows = crossing.wait()
-                with transfer_stream(rows):
+                with transfer_stream(rows.device):
                     onward = rows.index_select(0, self.onward[step + 1])
                     inside = self._inside(onward, self.on[step + 1], self.arriving[step + 1])
             if step + 2 < self.num_nodes:
@@ -212,7 +213,7 @@ class NodeRing:
         first = sum(self.received[step])
         inside = None
         if step:  # nothing goes on inside a node of what it holds itself
-            with transfer_stream(by_source):
+            with transfer_stream(by_source.device):
                 further = by_source[first:].to(self.dtype)
                 inside = self._inside(further, self.arriving[step], self.on[step])
         self._inside_node = (step, by_source[:first], inside)
@@ -226,7 +227,7 @@ class NodeRing:
     def _advance(self) -> None:
         """What has come home is added; what was found inside the node is summed and goes home."""
         if self._home is not None:
-            step, transfer = self._home
+            step, _, transfer = self._home
             accumulate_returned_grads(self.local, transfer.wait(), self.slots[step])
             self._home = None
         if self._inside_node is not None:
@@ -235,10 +236,10 @@ class NodeRing:
                 places, counts = self.onward[step], self.on[step]
                 accumulate_by_peer(brought, inside.wait(), places, counts)
             send, receive = self._at(-step, self.received[step]), self._at(step, self.sent[step])
-            with transfer_stream(brought):
+            with transfer_stream(brought.device):
                 arguments = (brought, send, receive, self.dtype, self.context)
                 home = start_returning(*arguments, self._start)
-            self._home, self._inside_node = (step, home), None
+            self._home, self._inside_node = (step, brought, home), None
 
     def _start(self, rows: Tensor, send: list[int], receive: list[int]) -> Transfer:
         return start_all_to_all_rows(rows, send, receive, self.context)
@@ -246,7 +247,7 @@ class NodeRing:
     def _bring(self, step: int) -> RowTransfer:
         """The first hop of a step's keys."""
         send, receive = self._at(step, self.sent[step]), self._at(-step, self.received[step])
-        with transfer_stream(self.slots[step]):
+        with transfer_stream(self.slots[step].device):
             packed = self.payload.pack(self.slots[step])
             return start_bringing(packed, send, receive, self.context, self._start)
 

@@ -103,7 +103,8 @@ class _RankRing:
         self.sent, self.received = metadata.counts.tolist()
         self.slots = metadata.send_slot[: sum(self.sent)].split(self.sent)
         self.dtype, self.local = dtype, torch.empty(0)
-        self._home: RowTransfer | None = None
+        # Gradients on their way home, and what they are packed from, which is read meanwhile.
+        self._home: tuple[RowTransfer, Tensor] | None = None
 
     def steps(self) -> Iterator[tuple[int, Keys]]:
         """(step, keys), from this rank's own on."""
@@ -116,7 +117,7 @@ class _RankRing:
                 k, v = payload.local(step)
             if step < last:
                 slots, count = self.slots[step + 1], self.received[step + 1]
-                with transfer_stream(slots):
+                with transfer_stream(slots.device):
                     rows, start = payload.pack(slots), self._start(step + 1)
                     arriving = start_bringing(rows, [len(slots)], [count], self.context, start)
             yield step, self.metadata.keys_of(step, k, v)
@@ -127,10 +128,10 @@ class _RankRing:
             self.local = rows
             return
         self._add(step - 1)
-        with transfer_stream(rows):
+        with transfer_stream(rows.device):
             send, receive = [self.received[step]], [self.sent[step]]
             arguments = (rows.transpose(0, 1), send, receive, self.dtype, self.context)
-            self._home = start_returning(*arguments, self._start(-step, _GRADIENTS))
+            self._home = start_returning(*arguments, self._start(-step, _GRADIENTS)), rows
 
     def finish(self) -> Tensor:
         """The gradients of all local rows [B, L, G, W], once those of other ranks are here."""
@@ -142,7 +143,7 @@ class _RankRing:
 
     def _add(self, step: int) -> None:
         if self._home is not None:
-            accumulate_returned_grads(self.local, self._home.wait(), self.slots[step])
+            accumulate_returned_grads(self.local, self._home[0].wait(), self.slots[step])
 
 
 RING = AttentionOp("ring_attention", _Ring(), communicates=True)

@@ -13,6 +13,7 @@ from dtcp.kernels.grouped_linear import grouped_linear
 from dtcp.mixer_metadata import batch_metadata
 from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule, GatedLinearAttention
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.host import on_device
 from dtcp.sequence.masks import AttentionChunks, Causal, SlidingWindow
 from dtcp.softmax.mixer import CrossAttention, LatentAttention, SoftmaxAttention
 from dtcp.sparse_blocks import BlockIndex, ScoredBlockAttention, ScoreIndex, SparseBlockAttention
@@ -134,8 +135,8 @@ class Experts(nn.Module):
     """Rows of four experts, one of which has none."""
 
     def forward(self, x: Tensor, weight: Tensor, attn_metadata: object) -> Tensor:
-        ends = torch.tensor([100, 100, 250, len(x)], dtype=torch.int32, device=x.device)
-        return grouped_linear(x, weight, ends)
+        ends = torch.tensor([100, 100, 250, len(x)], dtype=torch.int32)
+        return grouped_linear(x, weight, on_device(ends, x.device))
 
 
 def mixer_errors(case: MixerCase, device: str, dtype: torch.dtype) -> dict[str, float]:
