@@ -2,12 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from torch import distributed as dist
 
 from dtcp.distributed.groups import group_of
+from dtcp.distributed.moves import Moved
 from dtcp.distributed.ops import moves_of
 from dtcp.planner.even_routes import EXPERT_OPS, ExpertMoves
 from dtcp.planner.setup import Setup
@@ -99,24 +100,20 @@ def note_other_groups(step: TracedStep) -> None:
 
 def expert_moves(step: TracedStep) -> tuple[ExpertMoves, ...]:
     """What the traced rank's experts move over ep; the process group is the trace's."""
-    by_part: dict[tuple[str, str], ExpertMoves] = {}
+    moved: dict[tuple[str, str], list[Moved]] = defaultdict(lambda: [Moved(), Moved()])
     for call in step.trace.calls:
-        if call.op.name() not in EXPERT_OPS:
-            continue
-        args, kwargs = call.arguments({}, NO_GROUPS)
-        group, part, moves = call.group, call.place.part, moves_of(call.op)
-        assert moves is not None and group is not None  # each of them communicates
-        moved = moves(*args, **kwargs)
-        known = by_part.get((part, group)) or ExpertMoves(
+        if call.op.name() in EXPERT_OPS:
+            args, kwargs = call.arguments({}, NO_GROUPS)
+            group, moves = call.group, moves_of(call.op)
+            assert moves is not None and group is not None  # each of them communicates
+            moved[call.place.part, group][call.place.backward] += moves(*args, **kwargs)
+    return tuple(
+        ExpertMoves(
             part,
             step.times(part),
             dist.get_rank(),
             tuple(dist.get_process_group_ranks(group_of(group))),
+            *passes,
         )
-        back = call.place.backward
-        by_part[part, group] = replace(
-            known,
-            forward=known.forward if back else known.forward + moved,
-            backward=known.backward + moved if back else known.backward,
-        )
-    return tuple(by_part.values())
+        for (part, group), passes in moved.items()
+    )

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from dtcp._torch.fakes import real_tensors
-from dtcp._torch.ops import OpOverload, argument_names
+from dtcp._torch.ops import OpOverload
+from dtcp.distributed.dtensor_rules import bind
 from dtcp.distributed.groups import group_of
 from dtcp.distributed.moves import Moved
 from dtcp.experts.expected_moves import ExpertSizes, tokens_per_node
@@ -70,7 +71,7 @@ class EvenRoutes:
 
     def __call__(self, func: OpOverload, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
         """Args: the call of `route_tokens`."""
-        bound: Mapping[str, Any] = {**dict(zip(argument_names(func), args, strict=False)), **kwargs}
+        bound = bind(func, args, kwargs)
         index, n = bound["index"], bound["num_ranks"]
         rank = dist.get_rank(group_of(bound["group"]))
         send = self._sent(index.shape, n, bound)

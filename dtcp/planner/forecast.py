@@ -1,11 +1,11 @@
 """The numbers of a run: bytes by axis, memory by what it is for, FLOPs."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from math import gcd
 
-from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from dtcp._torch.fakes import fake_ranks
@@ -14,7 +14,7 @@ from dtcp.distributed.mesh import AXES, Degrees, ParallelMesh
 from dtcp.distributed.moves import Moved
 from dtcp.distributed.nodes import neighbours_on_cp
 from dtcp.distributed.ops import moves_of
-from dtcp.metadata import BatchMetadata, MetadataKey
+from dtcp.metadata import BatchMetadata
 from dtcp.mixer import ClaimedMixer
 from dtcp.planner.axis_bytes import (
     NO_GROUPS,
@@ -31,7 +31,7 @@ from dtcp.planner.peak import PeakMemory, peak_memory
 from dtcp.planner.setup import Setup
 from dtcp.planner.step import StepNumbers, TracedStep, styles_of, trace_step
 from dtcp.planner.subject import Subject
-from dtcp.planner.trace import OpCall, Place
+from dtcp.planner.trace import Place
 from dtcp.sequence.layout import SequenceLayout
 
 MOST_RANKS = 8
@@ -293,32 +293,20 @@ def _rank_forecast(
         groups: names of the trace's process groups in this process, where they differ.
     """
     tensors = {key: metadata[key].tensors() for key in metadata}
-    parts: dict[str, MixerBytes] = {}
+    moved: dict[Place, Moved] = defaultdict(Moved)
+    flops: dict[Place, int] = defaultdict(int)
     for call in step.trace.calls:
-        if not over_cp(call, step):
-            continue
-        part = call.place.part
-        known = parts.get(part, MixerBytes(part, step.times(part)))
-        moved, flops = _asked(call, tensors, groups)
-        if call.place.backward:
-            known = replace(
-                known, backward=known.backward + moved, backward_flops=known.backward_flops + flops
-            )
-        else:
-            known = replace(
-                known, forward=known.forward + moved, forward_flops=known.forward_flops + flops
-            )
-        parts[part] = known
-    return RankForecast(rank, tuple(parts.values()))
-
-
-def _asked(
-    call: OpCall, tensors: Mapping[MetadataKey, Sequence[Tensor]], groups: Mapping[str, str]
-) -> tuple[Moved, int]:
-    args, kwargs = call.arguments(tensors, groups)
-    moves = moves_of(call.op)
-    moved = Moved() if moves is None else moves(*args, **kwargs)
-    return moved, mixer_flops(call.op, args)
+        if over_cp(call, step):
+            args, kwargs = call.arguments(tensors, groups)
+            moves = moves_of(call.op)
+            moved[call.place] += Moved() if moves is None else moves(*args, **kwargs)
+            flops[call.place] += mixer_flops(call.op, args)
+    mixers = []
+    for part in dict.fromkeys(place.part for place in moved):
+        there, back = Place(part), Place(part, backward=True)
+        passes = moved[there], moved[back], flops[there], flops[back]
+        mixers.append(MixerBytes(part, step.times(part), *passes))
+    return RankForecast(rank, tuple(mixers))
 
 
 def received_over_cp(step: TracedStep, metadata: BatchMetadata) -> int:

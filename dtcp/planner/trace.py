@@ -17,10 +17,11 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import flop_registry
 
-from dtcp._torch.collectives import group_of
 from dtcp._torch.fakes import real_tensors
-from dtcp._torch.ops import OpOverload, TorchDispatchMode, argument_names, packet_of
+from dtcp._torch.ops import OpOverload, TorchDispatchMode, packet_of
 from dtcp._torch.tensors import flat_leaves, put_back, storage_key
+from dtcp.distributed.dtensor_rules import bind
+from dtcp.distributed.groups import group_of
 from dtcp.distributed.ops import moves_of
 from dtcp.metadata import BatchMetadata, MetadataKey
 from dtcp.planner.even_routes import ROUTE, EvenRoutes
@@ -82,8 +83,7 @@ class OpCall:
     def group(self) -> str | None:
         """The name of the one process group that it was given; None where it takes none or more."""
         args, kwargs = put_back(list(self.leaves), self.spec)
-        named = {**dict(zip(argument_names(self.op), args, strict=False)), **kwargs}
-        return named.get("group")
+        return bind(self.op, args, kwargs).get("group")
 
 
 @dataclass
@@ -259,8 +259,7 @@ def _collective_bytes(func: OpOverload, args: Any, kwargs: Any) -> tuple[str, in
     both, one after the other. Waiting and the like moves nothing.
     """
     name = func.name().partition("::")[2]
-    bound = {**dict(zip(argument_names(func), args, strict=False)), **kwargs}
-    group = _group_of(bound)
+    group = _group_of(bind(func, args, kwargs))
     if group is None:
         return "", 0
     n = dist.get_world_size(group_of(group))
