@@ -51,8 +51,7 @@ def run_planner(argv: list[str], *, processes: int = 1) -> int:
             return _sweep(request, cluster, arguments)
         planner = Planner(request.subject, cluster, request.workload, processes=processes)
         with closing(planner.row_forecasts):
-            search = _search(planner, arguments)
-            return _show(arguments, request, planner, cluster, search)
+            return _show(arguments, request, planner, _search(planner, arguments))
     except ModuleNotFoundError as error:
         said = (
             f"A plan of train.py's configs or of transformers' models needs their packages, got "
@@ -101,35 +100,29 @@ def _search(planner: Planner, arguments: argparse.Namespace) -> Search:
     return planner.search_mesh(_degrees(arguments.mesh, planner.cluster, planner.workload.etp))
 
 
-def _show(
-    arguments: argparse.Namespace,
-    request: Request,
-    planner: Planner,
-    cluster: Cluster,
-    search: Search,
-) -> int:
+def _show(arguments: argparse.Namespace, request: Request, planner: Planner, search: Search) -> int:
+    workload, cluster = planner.workload, planner.cluster
     if not search.candidates:
-        why = search.refused[0].why if search.refused else _undivided(request.workload, cluster)
+        why = search.refused[0].why if search.refused else _undivided(workload, cluster)
         print(f"error: No mesh of {cluster} carries the model: {on_one_line(why)}", file=sys.stderr)
         return 2
     best = search.best
     if arguments.json:
-        as_data = as_json(request.subject.name, request.workload, cluster, search)
+        as_data = as_json(workload, cluster, search)
         if best.fits:
             as_data["command"] = _command(request, planner, best)
         print(json.dumps(as_data, indent=1))
     else:
-        parameters = best.forecast.parameters
-        report = text_report(request.subject.name, parameters, request.workload, cluster, search)
+        report = text_report(workload, cluster, search)
         print("\n".join([*report, *detail_lines(best, cluster)]))
     if arguments.html:
         from dtcp.planner.page import write_page
 
-        write_page(Path(arguments.html), request.subject.name, request.workload, cluster, search)
+        write_page(Path(arguments.html), workload, cluster, search)
         if not arguments.json:
             print(f"pictures    {arguments.html}, and PNGs beside it")
     if not best.fits:
-        _say_what_would_do(planner, best, cluster, named=arguments.mesh)
+        _say_what_would_do(planner, best, named=arguments.mesh)
         return 1
     if not arguments.json:
         first, *more = _command(request, planner, best)
@@ -154,7 +147,8 @@ def _command(request: Request, planner: Planner, best: Candidate) -> list[str]:
     return command_lines(request, best, planner.cluster, reads_strategy=reads_strategy)
 
 
-def _say_what_would_do(planner: Planner, best: Candidate, cluster: Cluster, *, named: str) -> None:
+def _say_what_would_do(planner: Planner, best: Candidate, *, named: str) -> None:
+    cluster = planner.cluster
     seq_len, most = planner.workload.documents.seq_len, 2 * cluster.gpus
     if named and planner.has_room():
         would = f"another mesh would do, leave out --mesh {named}"

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from math import isfinite
 from pathlib import Path
@@ -225,8 +225,3 @@ def collected_lines(found: Collected) -> list[str]:
         for name in ("matmul", "mixer", "inside")
     )
     return [*lines, f"rates, as planned -> refitted: {rates}"]
-
-
-def as_cluster_file(cluster: Cluster) -> str:
-    """A file for --cluster."""
-    return json.dumps(asdict(cluster), indent=1) + "\n"

@@ -7,34 +7,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dtcp.plan.collect import (
-    Collected,
-    CollectedRun,
-    as_cluster_file,
-    collected_lines,
-    mfu,
-    refitted_seconds,
-)
+from dtcp.plan.collect import Collected, CollectedRun, collected_lines, mfu, refitted_seconds
 from dtcp.planner.page import STYLE, svg_of
 
-NUMBERS, CLUSTER, PICTURE, PAGE = (
-    *("collected.json", "cluster.json"),
-    *("collected.svg", "collected.html"),
-)
+NUMBERS, CLUSTER = "collected.json", "cluster.json"
+PICTURE, PAGE = "collected.svg", "collected.html"
 
 
 def write_collected(folder: Path, found: Collected) -> list[str]:
     """Write everything into the sweep's folder; returns the names of the files."""
+    cluster = asdict(found.refitted)
     numbers = {
         "model": found.model,
         "runs": {
             run.name: {"planned": run.planned, "measured": run.measured} for run in found.runs
         },
         "missing": found.missing,
-        "refitted": asdict(found.refitted),
+        "refitted": cluster,
     }
     (folder / NUMBERS).write_text(json.dumps(numbers, indent=1) + "\n")
-    (folder / CLUSTER).write_text(as_cluster_file(found.refitted))
+    (folder / CLUSTER).write_text(json.dumps(cluster, indent=1) + "\n")
     svg = svg_of(_figure(found), "collected")
     (folder / PICTURE).write_text(svg)
     (folder / PAGE).write_text(_page(found, svg))

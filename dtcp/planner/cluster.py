@@ -74,6 +74,10 @@ class Cluster:
         """GPUs of a node that are used."""
         return self.gpus // self.nodes
 
+    def seconds(self, received: float, crossing: float) -> float:
+        """The time to receive so many bytes, of which `crossing` come from other nodes."""
+        return crossing / self.between + (received - crossing) / self.inside
+
     def __str__(self) -> str:
         said = f"{self.gpus} x {self.name} in {self.nodes} node{'s' * (self.nodes > 1)}"
         filled = self.nodes == 1 or self.ranks_per_node == self.per_node

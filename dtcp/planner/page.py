@@ -32,7 +32,7 @@ WORDS: Mapping[str, str] = {
 }
 
 
-def write_page(path: Path, name: str, workload: Workload, cluster: Cluster, search: Search) -> None:
+def write_page(path: Path, workload: Workload, cluster: Cluster, search: Search) -> None:
     """Write the page, and each picture as <page>_<picture>.png beside it.
 
     Raises:
@@ -47,11 +47,11 @@ def write_page(path: Path, name: str, workload: Workload, cluster: Cluster, sear
         caption = f"<figcaption>{html.escape(text)}</figcaption>"
         parts.append(f"<figure>{svg}{caption}</figure>")
     best = search.best
-    report = text_report(name, best.forecast.parameters, workload, cluster, search)
-    text = html.escape("\n".join([*report, *detail_lines(best, cluster)]))
+    report = [*text_report(workload, cluster, search), *detail_lines(best, cluster)]
+    text = html.escape("\n".join(report))
     assumed = "".join(f"<li>{html.escape(line)}</li>" for line in cluster.assumptions())
     words = "".join(f"<dt>{word}</dt><dd>{meaning}</dd>" for word, meaning in WORDS.items())
-    title = f"Plan: {html.escape(name)} on {html.escape(str(cluster))}"
+    title = f"Plan: {html.escape(best.forecast.name)} on {html.escape(str(cluster))}"
     path.write_text(
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
         f"<style>{STYLE}</style></head><body><h1>{title}</h1>"

@@ -178,11 +178,10 @@ def _layer(best: Candidate, cluster: Cluster) -> Any:
             )
             attention = flops / (cluster.flops * cluster.mixer)
             rest = matmuls / (cluster.flops * cluster.matmul)
-            inside = sum(moved.received)
             crossing = from_other_nodes(
                 moved, forecast.busiest.cp_rank, setup.degrees.tp, cluster.ranks_per_node
             )
-            transfer = crossing / cluster.between + (inside - crossing) / cluster.inside
+            transfer = cluster.seconds(sum(moved.received), crossing)
             hidden = min(transfer, attention) if strategy_name(setup) == "ring" else 0.0
             for name, at, length, line, color in (
                 ("attention computes", start, attention, y, COLORS[0]),

@@ -57,16 +57,14 @@ SHOWN = 12
 """Setups of a kind that a report lists."""
 
 
-def text_report(
-    name: str, parameters: int, workload: Workload, cluster: Cluster, search: Search
-) -> list[str]:
-    """Ranked setups with what bounds each; what does not fit; and what all of it rests on."""
-    documents = workload.documents
+def text_report(workload: Workload, cluster: Cluster, search: Search) -> list[str]:
+    """Ranked setups with what bounds each; what does not fit; and what was not tried, and why."""
+    documents, model = workload.documents, search.best.forecast
     lengths = documents.lengths[0]
     fitting = [candidate for candidate in search.candidates if candidate.fits]
     rest = [candidate for candidate in search.candidates if not candidate.fits]
     lines = [
-        f"model       {name}, {_count(parameters)} parameters",
+        f"model       {model.name}, {_count(model.parameters)} parameters",
         f"cluster     {cluster}",
         f"batch       global, per step: {workload.rows} row{'s' * (workload.rows > 1)} of "
         f"{documents.seq_len:,} tokens ({workload.rows * documents.seq_len:,} in all), "
@@ -214,11 +212,11 @@ def _crossing_bytes(forecast: Forecast, cluster: Cluster) -> dict[str, AxisBytes
     return crossing
 
 
-def as_json(name: str, workload: Workload, cluster: Cluster, search: Search) -> dict[str, Any]:
+def as_json(workload: Workload, cluster: Cluster, search: Search) -> dict[str, Any]:
     """Everything, in bytes and seconds."""
     return {
-        "model": name,
-        "parameters": search.best.forecast.parameters if search.candidates else None,
+        "model": search.best.forecast.name,
+        "parameters": search.best.forecast.parameters,
         "cluster": str(cluster),
         "seq_len": workload.documents.seq_len,
         "documents": list(workload.documents.lengths[0]),

@@ -1,6 +1,7 @@
 """Try meshes, strategies, layouts and checkpointing; rank what fits, and say what does not."""
 
 from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import dataclass, replace
 
 from dtcp.distributed.mesh import Degrees
@@ -101,8 +102,8 @@ class Planner:
 
     def on(self, cluster: Cluster) -> "Planner":
         """The same model and rows on another cluster; what was seen stays known."""
-        other = Planner(self.row_forecasts.subject, cluster, self.workload)
-        other.row_forecasts = self.row_forecasts
+        other = copy(self)
+        other.cluster = cluster
         return other
 
     def candidate(self, setup: Setup) -> Candidate:

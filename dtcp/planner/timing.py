@@ -65,12 +65,10 @@ def step_time(forecast: Forecast, cluster: Cluster) -> StepTime:
 
 
 def _cp_seconds(forecast: Forecast, rank: RankForecast, cluster: Cluster) -> float:
-    """Transfers of the axis cp: the network's part and the node's."""
+    """Transfers of the axis cp."""
     setup = forecast.setup
     crossing = rank.crossing(setup.degrees.tp, cluster.ranks_per_node).total
-    inside = rank.received.total - crossing
-    seconds = crossing / cluster.between + inside / cluster.inside
-    return seconds * setup.micro_batches
+    return cluster.seconds(rank.received.total, crossing) * setup.micro_batches
 
 
 def _axes_of_weights(degrees: Degrees) -> dict[str, tuple[int, int]]:
@@ -83,10 +81,9 @@ def _axes_of_weights(degrees: Degrees) -> dict[str, tuple[int, int]]:
 
 
 def _ep_seconds(forecast: Forecast, cluster: Cluster) -> float:
-    """Tokens to experts and back: the network's part and the node's."""
+    """Tokens to experts and back."""
     received = forecast.by_axis.get("ep", AxisBytes()).total
-    crossing = forecast.crossing_ep(cluster.ranks_per_node).total
-    return crossing / cluster.between + (received - crossing) / cluster.inside
+    return cluster.seconds(received, forecast.crossing_ep(cluster.ranks_per_node).total)
 
 
 def _seconds(moved: AxisBytes, ranks: int, stride: int, cluster: Cluster) -> float:

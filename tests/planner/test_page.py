@@ -68,7 +68,7 @@ def page(tmp_path_factory):
     subject = FamilyModel("gemma4 <tiny>", "gemma4", gemma4.tiny())
     planner = Planner(subject, cluster_of("8xH100"), Workload(documents, 2))
     search = planner.search_mesh(Degrees(cp=8))
-    write_page(path, subject.name, planner.workload, planner.cluster, search)
+    write_page(path, planner.workload, planner.cluster, search)
     return path
 
 
