@@ -41,25 +41,24 @@ def main(argv: list[str]) -> int:
         options = _options(arguments)
         report = check_model(_model(arguments), options)
     except (*REFUSALS, ImportError) as error:
-        print("\n".join(["refused:", f"  {error}", "FAILED"]))
-        return 1
+        refusal = f"{error}"
     except ProcessExitedException as error:
-        print(
-            f"refused:\n  A rank ended before its answer ({error}): where memory ran out, check a "
-            f"smaller model or fewer ranks.\nFAILED"
+        refusal = (
+            f"A rank ended before its answer ({error}): where memory ran out, check a smaller "
+            f"model or fewer ranks."
         )
-        return 1
     except RankFailed as error:
         print(error, file=sys.stderr)
         first = " ".join(error.error.split())
-        print(
-            f"refused:\n  A rank raised what one device did not ({first}): where the model reads "
-            f"whole rows, give it what it needs of them as inputs; the traceback is on stderr."
-            f"\nFAILED"
+        refusal = (
+            f"A rank raised what one device did not ({first}): where the model reads whole rows, "
+            f"give it what it needs of them as inputs; the traceback is on stderr."
         )
-        return 1
-    print("\n".join(lines(report, options)))
-    return 0 if report.passed else 1
+    else:
+        print("\n".join(lines(report, options)))
+        return 0 if report.passed else 1
+    print(f"refused:\n  {refusal}\nFAILED")
+    return 1
 
 
 def _print_matrix(checked: CheckedModel) -> int:
@@ -143,9 +142,9 @@ def _model(arguments: argparse.Namespace) -> CheckedModel:
 
 
 def _pair(text: str) -> tuple[str, object]:
-    key, equals, value = text.partition("=")
+    key, _, value = text.partition("=")
     try:
-        return (key, json.loads(value)) if equals else (key, json.loads(""))
+        return key, json.loads(value)
     except ValueError:
         raise ValueError(
             f"--set takes key=json, got {text!r}: write a number, true, false, null, or a string "
