@@ -46,10 +46,6 @@ class SharedDecisions:
     # Of the trainer that follows in the order of classes.
     args: Any
     control: Any
-    callback_handler: Any
-
-    def _share_callbacks(self) -> None:
-        share_callbacks(self.callback_handler, self.mesh, self.args.device)
 
     def set_initial_training_values(self, args: Any, dataloader: Any, *others: Any) -> Any:
         """How long to train, as all ranks are going to."""

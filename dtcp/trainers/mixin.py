@@ -44,7 +44,7 @@ from dtcp.trainers.arguments import (
     smooths_by_itself,
 )
 from dtcp.trainers.cached_reference import shards_for_hashes, with_reference_log_probs
-from dtcp.trainers.decisions import SharedDecisions
+from dtcp.trainers.decisions import SharedDecisions, share_callbacks
 from dtcp.trainers.policy import PolicyRows
 from dtcp.trainers.policy_arguments import (
     arguments_by_name,
@@ -94,6 +94,7 @@ class MeshTrainerMixin(PolicyRows, SharedDecisions):
     model: Any
     args: Any
     accelerator: Any
+    callback_handler: Any
     optimizer: Any
     optimizer_cls_and_kwargs: Any
     lr_scheduler: Any
@@ -146,7 +147,7 @@ class MeshTrainerMixin(PolicyRows, SharedDecisions):
                 if isinstance(each, nn.Module):
                     self._while_made.enter_context(shards_for_hashes(each))
             super().__init__(*args, **kwargs)
-        self._share_callbacks()
+        share_callbacks(self.callback_handler, self.mesh, self.args.device)
         check_given_optimizer(self.optimizer, self.model)
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             check_optimizer_name(self.args)
@@ -304,10 +305,9 @@ class MeshTrainerMixin(PolicyRows, SharedDecisions):
         return loss
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        model = self._wrap_model(model)
-        if self.compute_loss_func is None:
-            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        return super().compute_loss(model, dict(inputs), *args, **kwargs)  # type: ignore[misc]
+        if self.compute_loss_func is not None:
+            inputs = dict(inputs)
+        return super().compute_loss(self._wrap_model(model), inputs, *args, **kwargs)  # type: ignore[misc]
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
         """Of DPOTrainer: a reference model is called with whole rows, too."""

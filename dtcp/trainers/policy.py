@@ -88,7 +88,7 @@ class PolicyRows:
         """
         from accelerate.utils import set_seed
 
-        ask = _of_first_rank(self.rollout_func, self.mesh)
+        ask = _asked_by_first_rank(self.rollout_func, self.mesh)
         self.rollout_func = ask if sync_weights is None else _synced(ask, sync_weights)
         if self.args.use_vllm:
             self.use_vllm, self._last_loaded_step = True, -1
@@ -134,7 +134,7 @@ class PolicyRows:
         metrics, columns = judges.share(logged)
         self._pending_metrics = defaultdict(list, metrics)
         self._pending_extra_logs = defaultdict(list, columns)
-        return torch.cat(_of_first_ranks(self.mesh, of_all_ranks))
+        return torch.cat(_parts_of_first_ranks(self.mesh, of_all_ranks))
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         self._sampler = super()._get_train_sampler(*args, **kwargs)  # type: ignore[misc]
@@ -176,11 +176,11 @@ class _LogOfFirstRanks(deque[Any]):
         self.mesh = mesh
 
     def extend(self, values: Iterable[Any]) -> None:
-        for part in _of_first_ranks(self.mesh, list(values)):
+        for part in _parts_of_first_ranks(self.mesh, list(values)):
             super().extend(part)
 
 
-def _of_first_ranks(mesh: ParallelMesh, values: Any) -> list[Any]:
+def _parts_of_first_ranks(mesh: ParallelMesh, values: Any) -> list[Any]:
     """The parts of each group's first rank, by batch rank, of what all ranks have as much of."""
     degrees = mesh.degrees
     each, left = divmod(len(values), degrees.world)
@@ -194,7 +194,7 @@ def _of_first_ranks(mesh: ParallelMesh, values: Any) -> list[Any]:
     return [values[rank * each : (rank + 1) * each] for rank in first]
 
 
-def _of_first_rank(ask: Callable[..., Any], mesh: ParallelMesh) -> Callable[..., Any]:
+def _asked_by_first_rank(ask: Callable[..., Any], mesh: ParallelMesh) -> Callable[..., Any]:
     """A function that the first rank of each cp and tp group calls, for all of its group.
 
     Raises:

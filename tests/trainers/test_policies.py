@@ -20,7 +20,7 @@ from dtcp.huggingface.left_padding import left_padding, moved_back, moved_to_rig
 from dtcp.huggingface.whole_rows import WholeRows
 from dtcp.parallelize import parallelize_hf
 from dtcp.trainers import MeshTrainerMixin
-from dtcp.trainers.policy import PolicyRows, _LogOfFirstRanks, _of_first_rank
+from dtcp.trainers.policy import PolicyRows, _asked_by_first_rank, _LogOfFirstRanks
 from dtcp.trainers.policy_arguments import arguments_by_name, check_policy
 from tests.harness.hf_models import build
 from tests.harness.run_script import run_forked
@@ -122,7 +122,7 @@ def test_first_rank_of_a_group_alone_asks_for_rollouts_and_all_have_them(mesh):
         asked.append(prompts)
         return {"completion_ids": [torch.rand(1).item() for _ in prompts]}
 
-    found = _of_first_rank(ask, on)(["a", "b"])
+    found = _asked_by_first_rank(ask, on)(["a", "b"])
     assert len(asked) == (dist.get_rank() == 0)
     everyone = [None] * 4
     dist.all_gather_object(everyone, found)
@@ -144,11 +144,11 @@ def test_first_rank_of_a_group_alone_asks_for_rollouts_and_all_have_them(mesh):
         if dist.get_rank():
             kind, match = RuntimeError, f"got its {said}: mend rollout_func"
         with pytest.raises(kind, match=match):
-            _of_first_rank(fail, on)(failure)
+            _asked_by_first_rank(fail, on)(failure)
     # A rollout that cannot be pickled fails there, too, and nobody waits.
     kind = RuntimeError if dist.get_rank() else Exception
     with pytest.raises(kind, match=r"pickle.*lambda|lambda.*pickle"):
-        _of_first_rank(lambda prompts: lambda: None, on)(["a"])
+        _asked_by_first_rank(lambda prompts: lambda: None, on)(["a"])
 
 
 def test_what_is_logged_of_completions_is_the_first_ranks_of_each_group():
