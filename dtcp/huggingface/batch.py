@@ -13,7 +13,7 @@ from dtcp.distributed.gradient_sums import check_gradients_summed
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface.documents import documents_of_hf_batch
 from dtcp.huggingface.encoder_decoder import check_labeled, encoder_name, shard_two_sequences
-from dtcp.huggingface.images import IMAGES, agreed_on_images, whole_rows, with_blocks
+from dtcp.huggingface.images import IMAGES, agreed_on_images, whole_row_inputs, with_blocks
 from dtcp.huggingface.install import check_has_mixers, model_with_mixers
 from dtcp.huggingface.pooled_head import last_token_mixer
 from dtcp.huggingface.rotary_lengths import last_position
@@ -144,7 +144,7 @@ def _shard(
     metadata = agreed_on_images(sharded.attn_metadata, mesh, images=bool(images))
     sharded = replace(sharded, attn_metadata=metadata)
     if images:
-        whole = {**whole_rows(batch, sharded.documents, inside), **images}
+        whole = {**whole_row_inputs(batch, sharded.documents, inside), **images}
         local = {key: x for key, x in local.items() if key not in (*whole, "position_ids")}
         local |= {key: x if device is None else on_device(x, device) for key, x in whole.items()}
     return local, sharded

@@ -99,7 +99,7 @@ class CutRowsCP(MixerStyle):
         return CutMetadata(layout.token_indices(rank))
 
 
-def language_model(model: Any) -> str:
+def language_model_name(model: Any) -> str:
     """The name of the language model inside of a model that takes images; empty without one."""
     if "pixel_values" not in inspect.signature(type(model).forward).parameters:
         return ""
@@ -205,7 +205,7 @@ def _on_shard(text: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any)
     return forward(*args, **kwargs)
 
 
-def whole_rows(
+def whole_row_inputs(
     rows: Mapping[str, Any], documents: Documents, model: nn.Module
 ) -> dict[str, Tensor]:
     """What a model that takes images is called with, as long as the padded rows: [B, S].

@@ -5,7 +5,7 @@ is surveyed, with its layer and who takes notes, and then no token reads another
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -233,30 +233,26 @@ def _not_fused(*_: Any, **__: Any) -> None:
     """What says that a layer's fused kernel is not there, as it does without mamba_ssm."""
 
 
-KERNELS: Mapping[str, Callable[..., Any]] = {
-    "causal_conv1d_fn": causal_conv1d_fn,
-    "previous_token": previous_token,
-    "ids_before": ids_before,
-    "torch_chunk_gated_delta_rule": _delta_rule,
-    "chunk_kimi_delta_attention": _delta_rule,
-    "mamba2_chunk_scan": _chunk_scan,
-    "lightning_attention": lightning_attention,
-    "selective_scan": selective_scan,
-    "mamba_inner_fn": _not_fused,
-    "mamba2_split_conv1d_scan_combined": _not_fused,
-}
-"""Functions of transformers' modeling files, and what stands for them."""
+class Kernel(NamedTuple):
+    """What stands for a kernel."""
 
-SURVEYED_KERNELS: Mapping[str, Callable[..., Any]] = {
-    "causal_conv1d_fn": _surveyed_conv,
-    "previous_token": _surveyed_previous_token,
-    "ids_before": _surveyed_ids_before,
-    "torch_chunk_gated_delta_rule": _surveyed_delta_rule,
-    "chunk_kimi_delta_attention": _surveyed_delta_rule,
-    "mamba2_chunk_scan": _surveyed_chunk_scan,
-    "lightning_attention": _surveyed_lightning,
-    "selective_scan": _surveyed_selective_scan,
-    "mamba_inner_fn": _not_fused,
-    "mamba2_split_conv1d_scan_combined": _not_fused,
+    by_mixer: Callable[..., Any]
+    surveyed: Callable[..., Any]
+    """While a model is surveyed."""
+
+
+_NOT_FUSED, _DELTA_RULE = Kernel(_not_fused, _not_fused), Kernel(_delta_rule, _surveyed_delta_rule)
+
+KERNELS: Mapping[str, Kernel] = {
+    "causal_conv1d_fn": Kernel(causal_conv1d_fn, _surveyed_conv),
+    "previous_token": Kernel(previous_token, _surveyed_previous_token),
+    "ids_before": Kernel(ids_before, _surveyed_ids_before),
+    "torch_chunk_gated_delta_rule": _DELTA_RULE,
+    "chunk_kimi_delta_attention": _DELTA_RULE,
+    "mamba2_chunk_scan": Kernel(_chunk_scan, _surveyed_chunk_scan),
+    "lightning_attention": Kernel(lightning_attention, _surveyed_lightning),
+    "selective_scan": Kernel(selective_scan, _surveyed_selective_scan),
+    "mamba_inner_fn": _NOT_FUSED,
+    "mamba2_split_conv1d_scan_combined": _NOT_FUSED,
 }
-"""The same while a model is surveyed."""
+"""By the names of functions in transformers' modeling files."""

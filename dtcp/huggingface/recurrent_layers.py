@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dtcp.forward import INSIDE, wrap_forward
 from dtcp.huggingface.recurrent_forwards import WRITTEN_AGAIN
-from dtcp.huggingface.recurrent_kernels import KERNELS, SURVEYED_KERNELS
+from dtcp.huggingface.recurrent_kernels import KERNELS
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import Mixer
 
@@ -162,7 +162,7 @@ def with_kernels(layer: nn.Module, kernel: Callable[[str, Any], Callable[..., An
 
 
 def _on_mixer(name: str, _: Any) -> Callable[..., Any]:
-    return KERNELS[name]
+    return KERNELS[name].by_mixer
 
 
 def _while_surveyed(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
@@ -171,6 +171,6 @@ def _while_surveyed(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, attn_metadata: Any = None, **kwargs: Any) -> Any:
         if attn_metadata is None:
             return own(*args, **kwargs)
-        return SURVEYED_KERNELS[name](*args, attn_metadata=attn_metadata, **kwargs)
+        return KERNELS[name].surveyed(*args, attn_metadata=attn_metadata, **kwargs)
 
     return run

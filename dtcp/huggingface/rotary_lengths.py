@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dtcp.forward import wrap_forward
-from dtcp.huggingface.images import counts_images, language_model
+from dtcp.huggingface.images import counts_images, language_model_name
 from dtcp.metadata import BatchMetadata
 from dtcp.sequence.documents import Documents
 
@@ -38,7 +38,7 @@ def last_position(rows: Mapping[str, Any], documents: Documents) -> int:
 
 def rotary_by_length(model: nn.Module) -> dict[str, Any]:
     """The rotary embeddings of tokens that go by the longest position, by name."""
-    named, text = model.named_modules(), language_model(model)
+    named, text = model.named_modules(), language_model_name(model)
     return {name: m for name, m in named if name.startswith(text) and _reads_longest(m)}
 
 

@@ -12,7 +12,7 @@ from dtcp.huggingface.images import (
     TOKEN_TYPES,
     blocks_of_types,
     image_arguments,
-    language_model,
+    language_model_name,
 )
 from dtcp.huggingface.mixing_probe import (
     differs_elsewhere,
@@ -89,7 +89,7 @@ class SurveyProbe:
                 )
             if self.recorder.made_masks:
                 self.look_at_padding()
-            self.images, refused = language_model(model), self.recorder.refused
+            self.images, refused = language_model_name(model), self.recorder.refused
             if self.images and not refused:
                 self.look_at_images()
             elif self.recorder.of_blocks and not self.images:
@@ -300,4 +300,4 @@ def _differ(*runs: Callable[[], object]) -> bool:
 
 def most_positions(model: Any) -> int | None:
     """As many positions as a model has learned, wherever it counts from."""
-    return longest(model, None, language_model(model))
+    return longest(model, None, language_model_name(model))
