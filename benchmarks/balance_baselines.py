@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dtcp.sequence.balance import assign_blocks, block_work
-from dtcp.sequence.block_balanced import BlockBalanced
+from dtcp.sequence.block_balanced import BlockBalanced, assign_blocks, block_work
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents

@@ -13,8 +13,7 @@ from dtcp.labels import shift_labels
 from dtcp.loss import token_mean_loss
 from dtcp.mixer_metadata import batch_metadata
 from dtcp.recurrent import CausalConv1d
-from dtcp.sequence.balance import block_work
-from dtcp.sequence.block_balanced import BlockBalanced
+from dtcp.sequence.block_balanced import BlockBalanced, block_work
 from dtcp.sequence.block_runs import vision_blocks
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents

@@ -12,8 +12,7 @@ import torch
 from dtcp.kernels.softmax.block_ranges import block_ranges
 from dtcp.labels import IGNORED, look_ahead, shift_labels
 from dtcp.recurrent.metadata import chain_of, halo_route
-from dtcp.sequence.balance import assign_blocks, block_work
-from dtcp.sequence.block_balanced import BlockBalanced
+from dtcp.sequence.block_balanced import BlockBalanced, assign_blocks, block_work
 from dtcp.sequence.block_runs import vision_blocks
 from dtcp.sequence.documents import PADDING, Documents
 from dtcp.sequence.key_intervals import KeyIntervals

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dtcp.sequence.balance import assign_blocks, block_work
+from dtcp.sequence.block_balanced import assign_blocks, block_work
 
 
 def busiest_over_mean(work, owners):

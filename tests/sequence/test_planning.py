@@ -18,9 +18,8 @@ from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.distributed.same_rows import RowHashes
 from dtcp.mixer_plan import apply_plan
 from dtcp.row_parts import MOST_SLICES, part_of_rows, real_tokens
-from dtcp.sequence.balance import block_work
 from dtcp.sequence.batch_documents import documents_of_ids
-from dtcp.sequence.block_balanced import BlockBalanced
+from dtcp.sequence.block_balanced import BlockBalanced, block_work
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
