@@ -307,7 +307,7 @@ def _said(store: Store, rank: int) -> str:
 
 
 def _is_loopback(host: str) -> bool:
-    return host == "localhost" or host.startswith(LOOPBACK.partition(".")[0] + ".")
+    return host == "localhost" or host.startswith("127.")
 
 
 def _open_store(host: str) -> TCPStore:

@@ -9,7 +9,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dtcp.checkpoint import SafeReader
 
-STATE_PREFIXES = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")
+STATES = ("optimizer", "lr_scheduler", "dataloader", "train_state")
+"""What a checkpoint holds beside the model, by torchtitan's names."""
 
 
 @runtime_checkable
@@ -29,7 +30,8 @@ def refuse_other_model(reader: SafeReader, known: Mapping[str, torch.Size], path
         ValueError: naming the first tensor that does not fit.
     """
     saved = reader.read_metadata().state_dict_metadata
-    extra = [n for n in saved if not n.startswith(STATE_PREFIXES) and n not in known]
+    beside = tuple(f"{name}." for name in STATES)
+    extra = [n for n in saved if not n.startswith(beside) and n not in known]
     missing = [n for n in known if n not in saved]
     other = [n for n, x in known.items() if n in saved and _size(saved[n]) != x]
     for names, what in (

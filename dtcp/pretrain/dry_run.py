@@ -5,6 +5,7 @@ are those of a run on as many ranks as the mesh has; what others would have sent
 in memory, so losses and weights mean nothing, and nothing of them is kept.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -25,8 +26,7 @@ def made_dry(config: Any) -> Any:
         ValueError: what a dry run cannot do.
     """
     for refusal in _refusals(config):
-        if refusal:
-            raise ValueError(refusal)
+        raise ValueError(refusal)
     return replace(
         config,
         checkpoint=replace(config.checkpoint, enable=False),
@@ -35,41 +35,46 @@ def made_dry(config: Any) -> Any:
     )
 
 
-def _refusals(config: Any) -> list[str]:
+def _refusals(config: Any) -> Iterator[str]:
     start, ep = config.checkpoint, config.parallelism.expert_parallel_degree
     pp = config.parallelism.pipeline_parallel_degree
     device, there = config.dtcp.device, torch.accelerator.is_available()
     mode = f"--comm.mode {MODE}"
-    return [
-        f"A dry run has no other ranks to compare with, got --dtcp.verify {config.dtcp.verify} "
-        f"with {mode}: leave one of them out."
-        if config.dtcp.verify
-        else "",
-        f"A dry run reads and writes no weights, got --checkpoint.create_seed_checkpoint with "
-        f"{mode}: leave one of them out."
-        if start.create_seed_checkpoint
-        else "",
-        f"A dry run reads and writes no weights, got --checkpoint.initial_load_path "
-        f"{start.initial_load_path} with {mode}: leave one of them out."
-        if start.initial_load_path
-        else "",
-        f"How many tokens an expert gets is known once ranks have exchanged it, got "
-        f"--parallelism.expert_parallel_degree {ep} with {mode}: set it to 1."
-        if ep != 1
-        else "",
-        f"A stage waits for what the one before it computes, got "
-        f"--parallelism.pipeline_parallel_degree {pp} with {mode}: set it to 1."
-        if pp != 1
-        else "",
-        f"A dry run is on the accelerator where there is one, got --dtcp.device cpu with {mode}: "
-        f"hide it (CUDA_VISIBLE_DEVICES=)."
-        if device == "cpu" and there
-        else "",
-        f"A dry run is on an accelerator of this machine, got --dtcp.device accelerator with "
-        f"{mode} and none here: leave it out."
-        if device == "accelerator" and not there
-        else "",
-    ]
+    if config.dtcp.verify:
+        yield (
+            f"A dry run has no other ranks to compare with, got --dtcp.verify {config.dtcp.verify} "
+            f"with {mode}: leave one of them out."
+        )
+    if start.create_seed_checkpoint:
+        yield (
+            f"A dry run reads and writes no weights, got --checkpoint.create_seed_checkpoint with "
+            f"{mode}: leave one of them out."
+        )
+    if start.initial_load_path:
+        yield (
+            f"A dry run reads and writes no weights, got --checkpoint.initial_load_path "
+            f"{start.initial_load_path} with {mode}: leave one of them out."
+        )
+    if ep != 1:
+        yield (
+            f"How many tokens an expert gets is known once ranks have exchanged it, got "
+            f"--parallelism.expert_parallel_degree {ep} with {mode}: set it to 1."
+        )
+    if pp != 1:
+        yield (
+            f"A stage waits for what the one before it computes, got "
+            f"--parallelism.pipeline_parallel_degree {pp} with {mode}: set it to 1."
+        )
+    if device == "cpu" and there:
+        yield (
+            f"A dry run is on the accelerator where there is one, got --dtcp.device cpu with "
+            f"{mode}: hide it (CUDA_VISIBLE_DEVICES=)."
+        )
+    if device == "accelerator" and not there:
+        yield (
+            f"A dry run is on an accelerator of this machine, got --dtcp.device accelerator with "
+            f"{mode} and none here: leave it out."
+        )
 
 
 def describe_dry(rank: int, world_size: int) -> str:

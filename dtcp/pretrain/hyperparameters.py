@@ -5,7 +5,8 @@ what the checkpoint was made with: "lower the learning rate and start again" wou
 first step, and a changed weight decay nothing at all.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -18,11 +19,8 @@ class Hyperparameters:
     """What the groups of some optimizers are set to, to be put back."""
 
     def __init__(self, optimizers: Iterable[Optimizer]) -> None:
-        self._saved = [
-            (optimizer, [{k: v for k, v in group.items() if k not in NOT_SETTINGS} for group in
-                         optimizer.param_groups])
-            for optimizer in optimizers
-        ]  # fmt: skip
+        # By optimizer: loading a state gives it other groups.
+        self._saved = [(each, list(map(_settings, each.param_groups))) for each in optimizers]
 
     def restore(self, schedulers: Iterable[LRScheduler]) -> None:
         """Set the groups to what they were, and the learning rates to where the schedules stand."""
@@ -36,3 +34,7 @@ class Hyperparameters:
                     group["lr"].fill_(rate)
                 else:
                     group["lr"] = rate
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in NOT_SETTINGS}

@@ -5,10 +5,8 @@ from typing import Any
 
 from dtcp.checkpoint.huggingface import weight_files
 from dtcp.checkpoint.metadata import NAME as METADATA
+from dtcp.pretrain.checkpoint_fit import STATES
 from dtcp.pretrain.tokenizer import VOCABULARY_FILES, Tokenizer
-
-STATES = ("optimizer", "lr_scheduler", "dataloader", "train_state")
-"""Of a checkpoint, beside the model, by torchtitan's names."""
 
 
 def check_start(config: Any) -> None:
