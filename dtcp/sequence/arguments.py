@@ -1,8 +1,8 @@
-"""Arguments as functions read them: whole numbers, dims that a tensor has, tensors of tokens.
+"""Checks of arguments: whole numbers, dims that a tensor has, tensors of tokens.
 
-Each check refuses in one sentence what Python or torch would stumble on further in, without a word
-of whose argument it was, or would take for something else: True for 1, a rank of -1 for the last
-one, a float for an index.
+Each refuses in one sentence what Python or torch would fail on further down, without naming the
+argument, or would silently take for something else: True for 1, rank -1 for the last rank, a float
+for an index.
 """
 
 import math
@@ -20,12 +20,12 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_whole(value: object) -> bool:
-    """Whether a value is an int of Python or numpy; True and False are none."""
+    """Whether a value is an int, Python's or numpy's; a bool is not."""
     return _is_whole(type(value))
 
 
 def are_whole(values: Collection[object]) -> bool:
-    """`is_whole` of all, of which there may be one for each document: a look at each kind."""
+    """Whether all values are whole. Looks at each type once: there may be a value per document."""
     return all(map(_is_whole, set(map(type, values))))
 
 
@@ -34,10 +34,10 @@ def _is_whole(kind: type) -> bool:
 
 
 def check_ints(subject: str, *, least: int | None = None, **values: Any) -> None:
-    """Refuse what is no int, or one below `least`.
+    """Refuse anything but an int, or one below `least`.
 
     Args:
-        subject: what reads the values, as the sentence begins.
+        subject: what reads the values; the error begins with it.
     Raises:
         TypeError, ValueError: as above.
     """
@@ -56,7 +56,7 @@ def check_ints(subject: str, *, least: int | None = None, **values: Any) -> None
 def check_kind(
     subject: str, kinds: type | tuple[type, ...], /, remedy: str = "give one", **values: Any
 ) -> None:
-    """Refuse what is of another class: a class where an instance is read, True for a choice.
+    """Refuse a value of another class: a class where an instance is read, True for a choice.
 
     Args:
         remedy: what to do instead.
@@ -71,7 +71,7 @@ def check_kind(
 
 
 def check_rank(subject: str, rank: int, num_shards: int) -> None:
-    """Refuse what is no rank of an axis of so many."""
+    """Refuse anything but a rank of an axis of `num_shards` ranks."""
     check_ints(subject, rank=rank)
     if not 0 <= rank < num_shards:
         raise ValueError(
@@ -81,7 +81,7 @@ def check_rank(subject: str, rank: int, num_shards: int) -> None:
 
 
 def check_dim(subject: str, x: Tensor, dim: int) -> None:
-    """Refuse what is no tensor, or a dim that it does not have."""
+    """Refuse anything but a tensor, or a dim that it does not have."""
     check_tensor(subject, x=x)
     check_ints(subject, dim=dim)
     if not -x.ndim <= dim < x.ndim:
@@ -92,10 +92,10 @@ def check_dim(subject: str, x: Tensor, dim: int) -> None:
 
 
 def check_batch(subject: str, batch: Mapping[str, Any], *keys: str) -> None:
-    """Refuse what is no mapping, or lacks one of these keys.
+    """Refuse anything but a mapping, or one without these keys.
 
     Raises:
-        TypeError: no mapping.
+        TypeError: not a mapping.
         KeyError: a key that is missing, or None.
     """
     if not isinstance(batch, Mapping):
@@ -116,14 +116,14 @@ def check_tensor(
     dtypes: Collection[torch.dtype] = (),
     **tensors: Any,
 ) -> None:
-    """Refuse what is no tensor, or one of other dims or another dtype.
+    """Refuse anything but a tensor, or one of another number of dims or another dtype.
 
     Args:
         shape: as the sentence gives it, in brackets.
-        dtypes: that are read; none for all.
+        dtypes: those that are read; empty for any.
     Raises:
-        TypeError: no tensor, or another dtype.
-        ValueError: other dims.
+        TypeError: not a tensor, or another dtype.
+        ValueError: another number of dims.
     """
     for name, x in tensors.items():
         wanted = f"{name} {shape}".strip()
@@ -146,7 +146,7 @@ def rows_of(subject: str, name: str, x: Any) -> tuple[int, int]:
     """(rows, tokens per row) of what a model reads, [B, S, ...].
 
     Raises:
-        TypeError: no tensor.
+        TypeError: not a tensor.
         ValueError: no rows, or rows without a token.
     """
     tensors: dict[str, Any] = {name: x}
@@ -160,7 +160,7 @@ def rows_of(subject: str, name: str, x: Any) -> tuple[int, int]:
 
 
 def check_factor(subject: str, learned: str = "q", **factors: Any) -> None:
-    """Refuse a factor that is no number: a tensor would lose its gradient in an op.
+    """Refuse a factor that is not a plain number: a tensor would lose its gradient in an op.
 
     Args:
         subject: what is scaled.
@@ -176,7 +176,7 @@ def check_factor(subject: str, learned: str = "q", **factors: Any) -> None:
 
 
 def check_scale(scale: Any) -> None:
-    """Refuse a scale of scores that is no finite number."""
+    """Refuse a scale of scores that is not a finite number."""
     check_factor("Scores", scale=scale)
     if not -math.inf < scale < math.inf:  # dynamo traces no math.isfinite of a symbol
         raise ValueError(

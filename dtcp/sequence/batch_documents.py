@@ -1,8 +1,8 @@
-"""All that a batch says of its documents, held against each other in one place.
+"""All that a batch says about its documents, cross-checked in one place.
 
-Documents come in as lengths, boundaries, numbers per token or position ids that restart, and
-padding as a mask. Whoever cuts a batch reads them here, whatever the keys are called; two that
-differ are refused by row and token, for one of them would be wrong without a word.
+Documents come as lengths, boundaries, numbers per token or position ids that restart, and padding
+as a mask. Whoever shards a batch reads them here, whatever the keys are called; two that disagree
+are refused by row and token, since one of them would be silently wrong.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ def documents_of_batch(
     documents: Documents | None = None,
     name: str = "documents",
 ) -> Documents:
-    """The documents of a batch, from every key that tells of them; see `documents_and_counted`."""
+    """The documents of a batch, from every key that describes them: see `documents_and_counted`."""
     return documents_and_counted(batch, rows, seq_len, documents=documents, name=name)[0]
 
 
@@ -50,7 +50,7 @@ def documents_and_counted(
     documents: Documents | None = None,
     name: str = "documents",
 ) -> tuple[Documents, tuple[bool, ...]]:
-    """The documents of a batch, from every key that tells of them.
+    """The documents of a batch, from every key that describes them.
 
     Explicit documents and DOCUMENT_KEYS say the same, or the batch is refused. Without them
     position_ids that restart say where documents start; without those each row is one document.
@@ -64,8 +64,8 @@ def documents_and_counted(
             ends where padding starts.
         name: where explicit documents come from.
     Returns:
-        and of each row, whether position_ids are known to count its documents' tokens from 0; what
-        they hold in padding is not looked at.
+        the documents; and for each row, whether position_ids are known to count the tokens of its
+        documents from 0, whatever they hold in padding.
     Raises:
         ValueError: keys that contradict each other, named with row and token, or that describe
             no documents of these rows.
@@ -93,7 +93,7 @@ def documents_and_counted(
         block = batch.get("block")
         counted = check_restarts(chosen, position_ids, padding, name=first, block=block)
     elif position_ids is not None:
-        # Nothing but position ids speaks of more than one.
+        # Only position ids can say that a row has several documents.
         counted = (any(len(lengths) > 1 for lengths in chosen.lengths),) * rows
     _check_longest(batch, chosen)
     return chosen, counted
@@ -193,8 +193,8 @@ def documents_of_boundaries(
 
     Args:
         bounds: [N + 1], from 0 and counted through all rows, one after another, as kernels of
-            packed rows read them; or [B, N + 1], from 0 in every row. They do not descend; an
-            empty document is none, and so is a negative number, which fills up a buffer.
+            packed rows read them; or [B, N + 1], from 0 in every row. They do not descend; empty
+            documents are skipped, and so are negative numbers, which fill up a buffer.
     Raises:
         ValueError: boundaries of another kind, or a document that two rows share.
     """

@@ -16,7 +16,7 @@ VISION = (1, 2)
 
 
 def split_block(row: int) -> ValueError:
-    """The error of a block that lies apart: its runs would be as many intervals."""
+    """The error for a block in several runs, which would be as many intervals."""
     return ValueError(
         f"BlockBidirectional takes blocks of consecutive tokens, got a block id in several runs "
         f"of row {row}: give each run an id of its own."
@@ -40,13 +40,13 @@ def vision_blocks(mm_token_type_ids: Tensor) -> Tensor:
 
 
 def _check_types(mm_token_type_ids: Tensor) -> None:
-    """Refuse what is no type of each token, [B, S]."""
+    """Refuse anything but a type per token, [B, S]."""
     kinds = {"mm_token_type_ids": mm_token_type_ids}
     check_tensor("Blocks of images", shape="[B, S]", ndim=2, dtypes=WHOLE_NUMBERS, **kinds)
 
 
 class TokenTypes:
-    """The types of the tokens of whole rows, read as runs: in one pass, when somebody asks.
+    """The types of the tokens of whole rows, read as runs: in one pass, on first use.
 
     Args:
         types: mm_token_type_ids, [B, S], on the host.
@@ -58,11 +58,11 @@ class TokenTypes:
 
     @cached_property
     def starts(self) -> list[Ints]:
-        """Where another type begins, in each row; its first token among them."""
+        """Where each run of one type starts, row by row; the first token of a row included."""
         return [starts_of_equal(row.numpy()) for row in self.types]
 
     def row(self, row: int) -> "TokenTypes":
-        """Those of one row."""
+        """The types of one row."""
         only = TokenTypes(self.types[row : row + 1])
         only.starts = self.starts[row : row + 1]
         return only
@@ -99,7 +99,7 @@ class BlockRuns(NamedTuple):
 
     @classmethod
     def of_images(cls, types: TokenTypes, bounds: Ints, *, row: int) -> "BlockRuns":
-        """Those of `vision_blocks` of a row."""
+        """The blocks of a row that `vision_blocks` numbers."""
         start, numbers = types.starts[row], types.types[row].numpy()
         stop = stops_of(start, len(numbers))
         kind = numbers[start]
@@ -118,7 +118,7 @@ class BlockRuns(NamedTuple):
         return np.where(inside, self.start[run], 0), np.where(inside, self.stop[run] - 1, -1)
 
     def _cut(self, bounds: Ints) -> tuple["BlockRuns", Ints]:
-        """Cut where documents end, and without padding; and the run that each comes from."""
+        """Cut where documents end, padding left out; and which run each part comes from."""
         if not len(self.start):
             return self, self.start
         within = bounds[(bounds > self.start[0]) & (bounds < self.stop[-1])]

@@ -1,9 +1,9 @@
 """Sizes that batches are padded to, so that a compiled model meets few of them.
 
-A compiled block has a graph for each size of its inputs, and dynamo stops at a number of graphs.
-Rows of every length would compile at every batch. A rule rounds sizes up to a few; what is added
-is padding, which no token sees and no loss counts. It costs what its tokens cost in every layer:
-`padding_fraction` says how many they are.
+A compiled block has a graph for each size of its inputs, and dynamo gives up after a number of
+graphs: rows of any length would compile at every batch. A rule rounds sizes up to a few; what is
+added is padding, which no token sees and no loss counts, but which every layer computes:
+`padding_fraction` says how much of it there is.
 """
 
 from abc import ABC, abstractmethod

@@ -1,6 +1,6 @@
 """A layout of packed documents in which every rank has L tokens and the mean of the work.
 
-Which pieces these are, and why there are such, is in document_pieces.py.
+document_pieces.py says which pieces these are, and why they always exist.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from dtcp.sequence.partition import Ints, Partition, Run, joined_runs, stops_of
 
 @dataclass(frozen=True)
 class DocumentBalanced(SequenceLayout):
-    """Give every rank as many tokens, and as much work to within a token's, in few pieces.
+    """Give every rank the same number of tokens, and the same work but for one token's.
 
     Where a document goes is decided by its length alone: each rank has one stretch of the tokens
     that cost more than the mean and one of those that cost less. A single document under a causal

@@ -60,9 +60,10 @@ class _Line(NamedTuple):
 def best_pieces(work: WorkRuns, lengths: tuple[int, ...], num_shards: int) -> tuple[Ints, Ints]:
     """Where pieces start, from left to right, and the rank of each, with the fewest keys to bring.
 
-    To leave short documents whole saves keys where many have about one length, and costs nothing:
-    of several lengths up to which they are left whole, those count that keep every rank's work. On
-    many ranks, each with a few parts of long documents, it spares next to nothing.
+    Leaving short documents whole saves keys where many have about the same length, and costs
+    nothing: several lengths up to which they are left whole are tried, and only those count that
+    keep every rank's work. On many ranks, each with a few parts of long documents, it saves next to
+    nothing.
 
     Args:
         work: of the row's tokens.

@@ -28,7 +28,7 @@ def count_true(mask: Tensor) -> Tensor:
 
 
 def restarts(position_ids: Tensor, padding: Tensor | None = None) -> bool:
-    """Whether position ids count anew somewhere among tokens, as they do in packed rows.
+    """Whether position ids start over somewhere among tokens, as they do in packed rows.
 
     Args:
         position_ids: [B, S] or [1, S]. Of [axes, B, S] the first axis is read, which stands still
@@ -49,7 +49,7 @@ def restarts(position_ids: Tensor, padding: Tensor | None = None) -> bool:
 
 
 def check_documents(contract: str, documents: Any) -> None:
-    """Refuse what is no Documents; the contract says whose they are."""
+    """Refuse anything but Documents; the error begins with the contract."""
     if not isinstance(documents, Documents):
         raise TypeError(
             f"{contract}, got documents of type {type(documents).__name__}: give "
@@ -166,7 +166,7 @@ class Documents:
         Args:
             position_ids: [B, S], on the host: reading a device tensor would stall the step.
         Raises:
-            TypeError: position ids that are no tensor of whole numbers.
+            TypeError: position ids that are not a tensor of whole numbers.
             ValueError: a row that does not start at 0, or a position id that neither restarts nor
                 continues (left padding, positions in an image grid).
         """
@@ -303,7 +303,7 @@ class Documents:
         return torch.arange(self.seq_len) - self.starts()
 
     def _check_padding(self, padding: Tensor) -> None:
-        """Refuse padding that tokens of its document follow, for they would see it."""
+        """Refuse padding before tokens of the same document, which would see it."""
         followed = padding[:, :-1] > padding[:, 1:]
         if not anywhere(followed):
             return
@@ -330,10 +330,10 @@ class Documents:
 def check_token_positions(
     position_ids: Tensor, rows: int, seq_len: int, *, dtypes: Collection[torch.dtype] = ()
 ) -> None:
-    """Refuse position ids that are no tensor, or none of these rows.
+    """Refuse position ids that are not a tensor, or not those of these rows.
 
     Args:
-        dtypes: that are read; none for all.
+        dtypes: those that are read; empty for any.
     """
     check_tensor("A batch", shape="[B, S]", dtypes=dtypes, position_ids=position_ids)
     shape = tuple(position_ids.shape)

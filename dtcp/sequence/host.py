@@ -1,6 +1,6 @@
-"""Batches are planned on the host, for training too, whatever context they are planned in.
+"""Batches are planned on the host, in any context, and so that training can use the result.
 
-What a device reads of them follows without waiting for it.
+What a device reads of them is copied there without making the host wait.
 """
 
 from collections.abc import Callable
@@ -17,12 +17,12 @@ R = TypeVar("R")
 
 
 def on_host(function: Callable[P, R]) -> Callable[P, R]:
-    """A function whose new tensors are the host's, and of use in training.
+    """Make a function's new tensors on the host, and usable in training.
 
-    As under torch.set_default_device("cpu"): planning reads its numbers as it goes, which a GPU
-    would be waited for at each; beside a batch on the host, tensors of another device are an error
-    in the midst of it. And outside of torch.inference_mode, which makes tensors that no later step
-    can keep for its backward pass.
+    On the host, as under torch.set_default_device("cpu"): planning reads its numbers as it goes,
+    and each read would wait for a GPU; beside a batch on the host, tensors of another device would
+    be an error halfway through. And outside of torch.inference_mode, whose tensors no later step
+    can save for its backward pass.
     """
 
     @wraps(function)
@@ -39,12 +39,12 @@ def on_host(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def on_device(x: Tensor, device: torch.device | str) -> Tensor:
-    """x there; from the host to a GPU beside what the GPU is doing.
+    """x on that device; a copy from the host to a GPU overlaps with what the GPU is doing.
 
-    CUDA takes pageable memory only once all that was launched before has ended, whatever
-    `non_blocking` says, and meanwhile the host launches nothing. Pinned memory it reads when it
-    gets there; torch's allocator of it gives the block to nobody before. What comes from a GPU is
-    waited for: the host would read it before it is there.
+    CUDA copies pageable memory only once all that was launched before has ended, whatever
+    `non_blocking` says, and meanwhile the host launches nothing. Pinned memory is read when the
+    GPU gets there, and torch's allocator gives the block to nobody else before that. A copy from a
+    GPU is waited for: the host would read it before it has arrived.
     """
     if torch.device(device).type == "cuda" and x.device.type == "cpu" and x.numel():
         x = x.contiguous().pin_memory()

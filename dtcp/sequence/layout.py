@@ -228,7 +228,7 @@ def shared_lengths(layout: type[SequenceLayout], documents: Documents) -> tuple[
 
 
 def check_tuple_of_ints(kind: str, **values: tuple[int, ...]) -> None:
-    """Refuse what is no tuple of whole numbers: a layout is a value, and has a hash.
+    """Refuse anything but a tuple of whole numbers: a layout is a value and has a hash.
 
     Raises:
         TypeError: as above.

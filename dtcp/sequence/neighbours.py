@@ -1,8 +1,8 @@
 """Where neighbouring entries of long rows differ: found in one pass, with nothing as long as a row.
 
-What is known of the tokens of a row comes as a number for each of them at times: documents,
-position ids, types. Each entry is compared with the one before it, block by block: the answers of a
-block lie in the cache until they have been looked through, and no memory is taken for all of them.
+What is known of the tokens of a row sometimes comes as a number for each: documents, position ids,
+types. Each entry is compared with the one before it, block by block: the answers of a block stay in
+the cache until they have been looked through, and no memory is taken for all of them.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ BLOCK = 1 << 16
 
 
 def where_neighbours(compare: np.ufunc, x: NDArray[np.generic]) -> Ints:
-    """Places of the entries that `compare` holds for with the one before them, ascending.
+    """Indices of the entries for which compare(entry, the one before it) holds, ascending.
 
     Args:
         compare: np.not_equal, np.less_equal, ...
@@ -34,10 +34,10 @@ def where_neighbours(compare: np.ufunc, x: NDArray[np.generic]) -> Ints:
 
 
 def places_after(compare: np.ufunc, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """(row, column) of the entries that `compare` holds for with the one before them, in order.
+    """(row, column) of the entries for which compare(entry, the one before it) holds, in order.
 
     Args:
-        compare: np.not_equal, np.less_equal, ...: of an entry and the one before it.
+        compare: np.not_equal, np.less_equal, ...
         numbers: [B, N]; columns from 1 on are compared.
     """
     numbers = numbers.detach().cpu()
@@ -49,6 +49,6 @@ def places_after(compare: np.ufunc, numbers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def starts_of_equal(x: NDArray[np.generic]) -> Ints:
-    """Where another number begins, the first one among them: [groups]."""
+    """Where each stretch of equal numbers starts: [groups]."""
     changes = where_neighbours(np.not_equal, x)
     return np.concatenate(([0], changes)) if len(x) else changes

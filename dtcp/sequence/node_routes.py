@@ -1,14 +1,14 @@
 """Who sends which slots to whom where nodes are known: in one hop, or in two between nodes.
 
 Ranks read stretches of a line, and each finds them at places of its own. What several ranks of a
-node read, and no rank of it holds, comes to one of them, who hands it on inside the node; who
-reads the same stretch shares it out evenly, so that a node takes in over all of its links.
+node read, and no rank of it holds, comes to one of them, which hands it on inside the node; those
+that read the same stretch take equal shares of it, so that a node receives over all of its links.
 
     nodes of 2, rank 0 holds 0-7, ranks 2 and 3 read them
     routes      0 -> 2: 0-3     0 -> 3: 4-7
     onward      3 -> 2: 4-7     2 -> 3: 0-3
 
-Everything here grows with stretches that are read, pieces that are held, and ranks of a node.
+The cost of all this grows with the stretches read, the pieces held and the ranks of a node.
 """
 
 from typing import NamedTuple

@@ -43,7 +43,7 @@ class Partition:
 
     @cached_property
     def first_of_owner(self) -> Ints:
-        """Where each rank's start in `by_owner`, and behind them their number: [ranks + 1]."""
+        """Where each rank's runs start in `by_owner`, and how many there are: [ranks + 1]."""
         return sums_before(np.bincount(self.owner))
 
     def of_owner(self, rank: int) -> Ints:

@@ -87,7 +87,7 @@ def _head_tail_chunks(lengths: Ints, num_shards: int) -> Ints:
 
 
 def _head_tail_runs(lengths: tuple[int, ...], num_shards: int, rank: int) -> list[Run]:
-    """What one rank holds of documents that `_head_tail_chunks` cuts, in numbers of Python."""
+    """What one rank holds of documents that `_head_tail_chunks` cuts, in ints of Python."""
     runs: list[Run] = []
     start = turn = 0
     for length in lengths:

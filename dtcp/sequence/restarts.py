@@ -21,7 +21,7 @@ def check_restarts(
     name: str = "documents",
     block: Tensor | None = None,
 ) -> tuple[bool, ...]:
-    """Refuse position ids that restart elsewhere than documents start, or a block in one.
+    """Refuse position ids that restart anywhere but where documents, or blocks in them, start.
 
     Those that count on through every row are right with any documents: RoPE reads differences.
 

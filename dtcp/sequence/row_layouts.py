@@ -97,7 +97,7 @@ def on_line(x: Tensor) -> Tensor:
 
 
 def rows_on(layout: SequenceLayout) -> int:
-    """How many rows a layout lines up: one, but of `in_line`."""
+    """How many rows a layout lines up: one, unless `in_line` made it."""
     return len(layout.rows) if isinstance(layout, _Line) else 1
 
 
@@ -140,9 +140,9 @@ class _Line(SequenceLayout):
 def layout_of_batch(
     kind: type[SequenceLayout], documents: Documents, num_shards: int, work: MaskWork
 ) -> SequenceLayout:
-    """The layout of this kind that suits the batch; of one that reads documents, one for each row.
+    """The layout of this kind that suits the batch; of a kind that reads documents, one per row.
 
-    Batches of several rows have one for each row though they be alike: so all have one graph.
+    A batch of several rows has one per row even where these are alike, so that all share a graph.
     """
     if documents.batch == 1 or not kind.reads_documents:
         return kind.for_batch(documents, num_shards, work=work)

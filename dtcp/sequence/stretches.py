@@ -8,8 +8,8 @@ tokens, come from elsewhere; documents that are whole follow each other in one s
     stretches                0-3 | 9-12                    3-9
     handed on                3-9, of rank 1, to 9-12
 
-The stretches of one document that hand something on to each other are its chain. Everything here
-grows with documents and pieces, not with tokens.
+The stretches of one document that hand something on to each other are its chain. The cost of all
+this grows with documents and pieces, not with tokens.
 """
 
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ class LineOfDocuments(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Stretches:
-    """Those of all ranks, by rank and slot. Each field [R]."""
+    """The stretches of all ranks, by rank and slot. Each field [R]."""
 
     num_shards: int
     rows: int
@@ -102,21 +102,21 @@ class Stretches:
 
     @property
     def least(self) -> int:
-        """How many of them tables have room for at least."""
+        """How many stretches tables have room for at least."""
         return LEAST_ROOM * self.rows
 
     @cached_property
     def room(self) -> int:
-        """How many of them tables have room for: of one shape on all ranks and for most batches."""
+        """How many stretches tables have room for: one shape on all ranks, and for most batches."""
         return room_for(self.rank, self.least)
 
     def lengths(self, rank: int) -> Tensor:
-        """Tokens of each of the rank's, then 0: [room] int64."""
+        """Tokens of each stretch of the rank, then 0: [room] int64."""
         return torch.from_numpy(with_room(self.length[self.rank == rank], self.room, 0))
 
     @cached_property
     def chains(self) -> list[Ints]:
-        """Which of them hand on to each other, from left to right: one list for each document."""
+        """Which stretches hand on to each other, from left to right: a list for each document."""
         entering = np.flatnonzero(self.enters >= 0)
         entering = entering[self.first[entering].argsort()]
         document = self.enters[entering]
