@@ -27,19 +27,19 @@ from dtcp.planner.search import MOST_GPUS, Candidate, Planner, Search, smallest_
 from dtcp.planner.workload import Workload
 
 MOST_PROCESSES = 8
-"""That trace steps at once: each takes up to 2 GB."""
+"""Processes that trace steps at once; each takes up to 2 GB."""
 
 
 def run_planner(argv: list[str], *, processes: int = 1) -> int:
     """Plan what the arguments name. Returns 0; 1 where nothing fits; 2 for bad arguments.
 
     Args:
-        processes: that trace steps side by side, forked from this one.
+        processes: how many trace steps side by side, forked from this one.
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     torch.set_num_threads(1)
-    # DTensor and HF models warn of what no plan depends on.
+    # DTensor and models of transformers warn of things that no plan depends on.
     warnings.simplefilter("ignore")
     try:
         check_options(arguments, {name: parser.get_default(name) for name in vars(arguments)}, rest)
@@ -132,7 +132,7 @@ def _show(arguments: argparse.Namespace, request: Request, planner: Planner, sea
 
 
 def _undivided(workload: Workload, cluster: Cluster) -> str:
-    """What to change where no mesh has rows, or parts of them, for all of its ranks."""
+    """What to change where the rows of a step do not divide evenly on any mesh."""
     seq_len, gpus = workload.documents.seq_len, cluster.gpus
     rows = -(-workload.rows // gpus) * gpus
     return (

@@ -1,4 +1,4 @@
-"""What the logs of a sweep's runs say, beside its plan; and the rates at which they ran."""
+"""The logs of a sweep's runs beside its plan, and the rates at which they ran."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ _OF_PLAN = (
 
 @dataclass(frozen=True)
 class CollectedRun:
-    """A run beside its plan.
+    """A run and its plan.
 
     Args:
         planned: as in the sweep's plan.
@@ -114,7 +114,7 @@ def _measured_of(folder: Path) -> dict[str, float]:
     """Medians over a run's steps, without those that compile; nothing where there is no log.
 
     Raises:
-        ValueError: a log that lacks a number, has too few steps, or has numbers that are none.
+        ValueError: a log that lacks a number, has too few steps, or numbers that are not finite.
     """
     if not list(folder.rglob("events.out.tfevents.*")):
         return {}
@@ -143,7 +143,7 @@ def _measured_of(folder: Path) -> dict[str, float]:
 
 
 def refit(cluster: Cluster, runs: Sequence[CollectedRun]) -> Cluster:
-    """The rates that come nearest to the runs' seconds; what did not show stays as it was.
+    """The rates that fit the runs' seconds best; those that the runs do not show stay as they were.
 
     A step is taken to be matmuls, then mixers, then transfers, nothing of it at the same time.
     """
@@ -196,7 +196,7 @@ def _bytes_ratio(run: CollectedRun) -> float:
 
 
 def refitted_seconds(run: CollectedRun, cluster: Cluster) -> float:
-    """What the model of a step says at the cluster's rates, nothing of it at the same time."""
+    """The modelled seconds of a step at the cluster's rates, nothing of it overlapped."""
     planned = run.planned
     compute = planned["matmul_flops"] / cluster.matmul + planned["mixer_flops"] / cluster.mixer
     moved = run.measured["cp_bytes"] + planned["fsdp_bytes"]
@@ -204,7 +204,7 @@ def refitted_seconds(run: CollectedRun, cluster: Cluster) -> float:
 
 
 def collected_lines(found: Collected) -> list[str]:
-    """A table for a person, and the rates."""
+    """A table of the runs, and the rates."""
     lines = [
         f"{'run':<20} {'tokens/s':>9} {'planned':>9} {'s/step':>7} {'refit':>7} {'MFU':>6} "
         f"{'GiB':>6} {'planned':>8} {'MB for cp':>10} {'of expected':>12}"

@@ -57,10 +57,10 @@ def _calls(request: Request, setup: Setup) -> list[str]:
 
 
 def script_line(request: Request, options: Mapping[str, Any]) -> str:
-    """train.py with what was given to the planner, and these options in the place of the same.
+    """train.py with what was given to the planner; these options replace those of the same name.
 
     Args:
-        options: by name; that of checkpointing is a subcommand, and comes last.
+        options: by name; checkpointing is a subcommand, and comes last.
     """
     kept = [word for name, words in request.given.items() if name not in options for word in words]
     rest = {name: value for name, value in options.items() if name != CHECKPOINT}

@@ -1,4 +1,4 @@
-"""Options of the planner that another one leaves without effect, or that are none."""
+"""Options of the planner that do not exist, or that another option leaves without effect."""
 
 import argparse
 import difflib
@@ -39,7 +39,7 @@ def check_options(
     """
     options = {name: f"--{name.replace('_', '-')}" for name in vars(arguments)}
     for name in ("collect", "config", "hf_config", "model"):
-        # As a variable of a shell may leave it.
+        # As an unset variable of a shell leaves it.
         if getattr(arguments, name) == "":
             raise ValueError(
                 f"What is planned has a name, got {options[name]} '': name a config, a model or a "
@@ -54,7 +54,7 @@ def check_options(
         if name not in READ[use] and value != defaults[name]:
             raise ValueError(
                 f"An option is given where it is read, got {option} {value} for {use}, which does "
-                f"not: leave it out."
+                f"not read it: leave it out."
             )
     if arguments.plan and not arguments.model:
         raise ValueError("--plan goes with --model, got it alone: add --model module:function.")
@@ -76,7 +76,7 @@ def _refuse_unknown(rest: Sequence[str], options: Sequence[str]) -> None:
 
 
 def _meant(word: str, options: Sequence[str]) -> str:
-    """The option that a word is near to, unless it is one of train.py's."""
+    """The option that a word looks like a typo of; none for one of train.py's."""
     word = word.partition("=")[0]
     if not word.startswith("--") or "." in word or word in ("--module", "--dump_folder"):
         return ""

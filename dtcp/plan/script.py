@@ -1,4 +1,4 @@
-"""What train.py is started with for the model of a config.json, where it takes one."""
+"""The train.py command for a model of transformers or of a config.json, where there is one."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,8 @@ class Script:
 
     Args:
         words: of train.py; none where it does not take the model.
-        before: a command that is run first, of the shell.
-        note: what it leaves open.
+        before: a shell command that is run first.
+        note: what the command leaves open.
         why_not: why train.py does not take the model.
     """
 

@@ -1,4 +1,4 @@
-"""What a person asks to be planned: a config of train.py, a config.json, a model of their own."""
+"""What a user asks to be planned: a config of train.py, a config.json, a model of their own."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ class Request:
     Args:
         script: the start of a command line.
         given: further words of it, by the setting that they are for.
-        checkpoint: what its blocks keep, as the config has it.
+        checkpoint: what blocks keep for backward, as the config says.
     """
 
     subject: Subject
@@ -68,7 +68,7 @@ def _seq_len(arguments: argparse.Namespace, default: int) -> int:
 
 def _own_model(model: str, plan: str) -> Subject:
     """A model of a function: of transformers where it has no plan."""
-    imported(model)  # what cannot be is said before anything is planned
+    imported(model)  # an error of the import is reported before anything is planned
     return OwnModel(model, imported(plan)) if plan else MadeHuggingFaceModel(model)
 
 
@@ -133,7 +133,7 @@ CHOSEN: Mapping[str, str] = {
     "training.local_batch_size": "give the rows of a step, --global-batch",
     "dtcp.ranks_per_node": "give the nodes, --cluster",
 }
-"""Settings that a plan chooses, and how to choose them oneself."""
+"""Settings that a plan chooses, and how to choose them by hand."""
 
 
 def _given(rest: Sequence[str]) -> dict[str, list[str]]:
@@ -238,7 +238,7 @@ def _drawn(text: str, seq_len: int) -> Documents:
 
 
 def _filled(lengths: Sequence[int], seq_len: int, *, cut: bool) -> Documents:
-    """As many documents as fill a row; the last one is cut, and what is left of it is padding.
+    """As many documents as fill a row; the last one is cut, and what is left of the row is padding.
 
     Args:
         cut: longer documents, too; and where all do not fill the row, they come again.

@@ -1,4 +1,4 @@
-"""Scaling runs: the commands to start, and what is planned of each."""
+"""Scaling runs: the commands that start them, and what is planned for each."""
 
 import json
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ SKIPPED = 2
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One run of a sweep: all its ranks on the axis cp."""
+    """One run of a sweep, with all its ranks on the axis cp."""
 
     ranks: int
     seq_len: int
@@ -47,7 +47,7 @@ def write_sweep(
     steps: int,
     documents: str = "single",
 ) -> list[str]:
-    """Write the commands and what is planned of each; returns the commands.
+    """Write the commands and what is planned for each; returns the commands.
 
     Args:
         documents: of the planned rows, as `--documents` has them.
@@ -98,7 +98,7 @@ def write_sweep(
 
 
 def _numbers(point: SweepPoint, found: Candidate) -> dict[str, Any]:
-    """What is planned of a run: of all ranks the tokens, of the busiest one the rest."""
+    """What is planned for a run: the tokens of all ranks, and the rest of the busiest one."""
     forecast, time = found.forecast, found.time
     forward = sum(n for place, n in forecast.matmul_flops.items() if not place.backward)
     mixers = mean(
@@ -127,7 +127,7 @@ def _workload(request: Request, documents: Documents) -> Workload:
 
 
 _HEAD_NODE = 'HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
-"""Where ranks of several nodes meet."""
+"""Sets where ranks of several nodes meet."""
 
 
 def _launcher(cluster: Cluster) -> str:

@@ -1,4 +1,4 @@
-"""Bytes by axis of the mesh: of torch's collectives, of weights, and of tokens on their way."""
+"""Bytes by mesh axis: of torch's collectives, of weights, and of tokens on their way to experts."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -54,10 +54,10 @@ def torch_bytes(step: StepNumbers, setup: Setup) -> dict[str, AxisBytes]:
 
 
 def _weight_bytes(step: StepNumbers, setup: Setup, *, spread: bool) -> AxisBytes:
-    """Gathers of every unit, once more before backward where it was freed; gradients summed.
+    """Gathers of every unit, again before backward where it was freed, and sums of gradients.
 
     Args:
-        spread: of weights that are spread over ep, which edp shards; else of those that fsdp does.
+        spread: count the weights that are spread over ep, which edp shards; else those of fsdp.
     """
     degrees, precision = setup.degrees, setup.precision
     ranks = sharding_ranks(degrees, spread=spread)
@@ -72,7 +72,7 @@ def _weight_bytes(step: StepNumbers, setup: Setup, *, spread: bool) -> AxisBytes
 
 
 def _replica_bytes(step: StepNumbers, setup: Setup) -> AxisBytes:
-    """Summed shards of gradients are summed between replicas, as an all-reduce moves them."""
+    """Shards of gradients are summed once more over replicas, by an all-reduce."""
     degrees, replicas = setup.degrees, setup.degrees.dp_replicate
     back = 0
     for unit in step.units:
@@ -83,12 +83,12 @@ def _replica_bytes(step: StepNumbers, setup: Setup) -> AxisBytes:
 
 
 def over_cp(call: OpCall, step: TracedStep) -> bool:
-    """Whether an op of ours talks over cp, as mixers do; experts and routers talk to others."""
+    """Whether an op of ours communicates over cp, as mixers do; experts and routers do not."""
     return call.op.name() not in EXPERT_OPS and call.group in (None, *step.groups)
 
 
 def note_other_groups(step: TracedStep) -> None:
-    """Count what our ops move over neither cp nor ep, as routers' losses do, beside torch's."""
+    """Add what our ops move over neither cp nor ep, as routers' losses do, to torch's bytes."""
     for call in step.trace.calls:
         if call.op.name() in EXPERT_OPS or over_cp(call, step):
             continue
@@ -99,7 +99,7 @@ def note_other_groups(step: TracedStep) -> None:
 
 
 def expert_moves(step: TracedStep) -> tuple[ExpertMoves, ...]:
-    """What the traced rank's experts move over ep; the process group is the trace's."""
+    """What the traced rank's experts move over ep; called inside the trace's process group."""
     moved: dict[tuple[str, str], list[Moved]] = defaultdict(lambda: [Moved(), Moved()])
     for call in step.trace.calls:
         if call.op.name() in EXPERT_OPS:

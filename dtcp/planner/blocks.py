@@ -1,4 +1,4 @@
-"""One block of each kind: built, run and multiplied, for a model's blocks repeat."""
+"""One block of each kind is built and run, and counted as often as the model repeats it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -32,10 +32,10 @@ class BlockKind:
 
 
 class SkippedBlock(nn.Module):
-    """Hands the stream on, in the place of a block of a kind that has been run already.
+    """Passes the stream on, in the place of a block whose kind has been run already.
 
     Args:
-        facts: what the block says of itself, by the names of its attributes.
+        facts: the block's own attributes, by name.
     """
 
     def __init__(self, kind: BlockKind, facts: Mapping[str, Any]) -> None:
@@ -51,7 +51,7 @@ class SkippedBlock(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # transformers' models read a layer's own facts (its type of attention) off it.
+            # transformers' models read facts off a layer: its type of attention, for one.
             if name in self.facts:
                 return self.facts[name]
             raise
@@ -68,7 +68,7 @@ def _block_kinds(blocks: Mapping[str, nn.Module]) -> list[BlockKind]:
 
 
 def keep_one_of_each(model: nn.Module, plan: ParallelPlan) -> tuple[list[BlockKind], ParallelPlan]:
-    """Leave one block of each kind in the model, and what still applies in its plan."""
+    """Leave one block of each kind in the model, and in its plan what still applies."""
     blocks = find(model, plan.blocks)
     kinds = _block_kinds(blocks)
     for kind in kinds:

@@ -1,4 +1,4 @@
-"""Warnings while a model is placed: captured for a report instead of printed between its lines."""
+"""Warnings raised while a model is placed: captured for a report, not printed between its lines."""
 
 import logging
 import warnings
@@ -22,7 +22,7 @@ class _Collect(logging.Handler):
 
 @contextmanager
 def captured_warnings() -> Iterator[list[str]]:
-    """Capture dtcp's warnings, and print neither these nor those of others.
+    """Capture dtcp's warnings; neither these nor others' are printed.
 
     Yields:
         what was said, each sentence once; complete when the block ends.
@@ -38,7 +38,7 @@ def captured_warnings() -> Iterator[list[str]]:
         with warnings.catch_warnings(record=True) as others:
             warnings.simplefilter("default")
             yield captured
-        # Where one was raised tells whose it is: torch and transformers warn, too.
+        # The file that raised it says whose it is: torch and transformers warn, too.
         said += [
             str(each.message)
             for each in others

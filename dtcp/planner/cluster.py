@@ -1,4 +1,4 @@
-"""What a run is planned on: GPUs, nodes, and the rates that they attain."""
+"""What a run is planned for: GPUs, nodes, and the rates that they attain."""
 
 import json
 import re
@@ -21,14 +21,14 @@ class Cluster:
     Args:
         gpus: in all.
         memory: bytes of a GPU.
-        reserved: bytes of it that no tensor gets: the CUDA context, NCCL's buffers, and what the
-            allocator leaves between tensors.
+        reserved: bytes of it that tensors cannot use: the CUDA context, NCCL's buffers, and what
+            the allocator leaves between tensors.
         flops: dense bf16 FLOP/s of a GPU, by its data sheet.
         matmul, mixer: the share of it that matmuls and attention kernels attain.
         inside, between: bytes/s a GPU receives inside a node, and from other nodes, attained.
-        per_node: GPUs that a node has; all nodes run as many of them.
+        per_node: GPUs that a node has; all nodes run equally many of them.
     Raises:
-        ValueError: GPUs that nodes cannot run equally many of.
+        ValueError: a number of GPUs that does not divide evenly among nodes.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Cluster:
 
     @property
     def ranks_per_node(self) -> int:
-        """GPUs of a node that are used."""
+        """GPUs of each node that are used."""
         return self.gpus // self.nodes
 
     def seconds(self, received: float, crossing: float) -> float:
@@ -105,8 +105,8 @@ KINDS: Mapping[str, Cluster] = {
     "H200": Cluster("H200", 1, 141 * GB, 989e12, 360 * GB),
     "B200": Cluster("B200", 1, 180 * GB, 2250e12, 720 * GB),
 }
-"""By data sheet: NVLink 450 (900) GB/s and a 400 Gb/s network port each way and GPU, 80 and 90 % of
-which a large message attains."""
+"""By data sheet, each way and per GPU: NVLink at 450 (900) GB/s and a 400 Gb/s network port; large
+messages attain 80 and 90 % of these."""
 
 
 def cluster_of(text: str) -> Cluster:
@@ -127,10 +127,10 @@ def cluster_of(text: str) -> Cluster:
 
 
 def cluster_here(gpus: int, ranks_per_node: int = 0) -> Cluster:
-    """This machine's kind of GPU, so many of them; where it has none of KINDS, H100s.
+    """A cluster of this machine's kind of GPU; of H100s where it has none of KINDS.
 
     Args:
-        ranks_per_node: 0: nobody has said.
+        ranks_per_node: 0 where it is not known.
     """
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     kind = KINDS[next((kind for kind in KINDS if kind in name), "H100")]

@@ -1,4 +1,4 @@
-"""Where a forecast's tokens go: to every expert equally many, for no router has seen them."""
+"""Where a forecast's tokens go: equally many to every expert, since no router has seen them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ ROUTE = "dtcp::route_tokens"
 EXPERT_OPS = frozenset(
     [ROUTE, "dtcp::dispatch_tokens", "dtcp::send_tokens", "dtcp::combine_results"]
 )
-"""What communicates over ep, by name of the op."""
+"""Ops that communicate over ep, by name."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ExpertMoves:
 
 
 class EvenRoutes:
-    """What `route_tokens` returns where each expert is chosen as often, on every rank.
+    """Returns what `route_tokens` would if every expert were chosen equally often, on every rank.
 
     Where tokens cross to nodes first, `tokens_per_node` of them choose an expert of each node.
     """

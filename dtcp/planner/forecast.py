@@ -35,7 +35,7 @@ from dtcp.planner.trace import Place
 from dtcp.sequence.layout import SequenceLayout
 
 MOST_RANKS = 8
-"""Of the axis cp, that are traced."""
+"""How many ranks of the axis cp are traced at most."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def from_other_nodes(moved: Moved, cp_rank: int, stride: int, ranks_per_node: in
 
 @dataclass(frozen=True)
 class RankForecast:
-    """What differs from rank to rank of the axis cp."""
+    """What differs between the ranks of the axis cp."""
 
     cp_rank: int
     mixers: tuple[MixerBytes, ...]
@@ -184,7 +184,7 @@ def forecast_row(subject: Subject, setup: Setup, chosen: Sequence[int]) -> RowFo
         experts = expert_moves(step)
         note_other_groups(step)
     for rank in chosen[1:]:
-        # Of other ranks only what they move over cp is asked.
+        # Of other ranks only what they move over cp is needed.
         with fake_ranks(degrees.cp, rank):
             groups = _groups_here(step, _row_mesh(Degrees(cp=degrees.cp)))
             forecasts.append(_rank_forecast(step, rank, metadata_of(step, rank), groups))
@@ -193,7 +193,7 @@ def forecast_row(subject: Subject, setup: Setup, chosen: Sequence[int]) -> RowFo
 
 
 def _row_mesh(degrees: Degrees, ranks_per_node: int = 0) -> ParallelMesh:
-    """A mesh of the axes that have ranks; one of one rank would take a group for each rank."""
+    """A mesh of the axes of several ranks; each axis of one rank would take a group per rank."""
     wide = [axis for axis in AXES if getattr(degrees, axis) > 1]
     # Weights of experts need an axis of other weights beside theirs.
     narrow = [] if {"dp_shard", "cp"} & {*wide} else ["dp_shard"]
@@ -237,7 +237,7 @@ def _groups_here(step: TracedStep, mesh: ParallelMesh) -> dict[str, str]:
         return {}
     here = [group_name(mesh.cp)]
     for style in styles_of(step.model):
-        # A copy: an instance that makes groups of its own keeps them.
+        # A copy, for a style keeps the groups that it makes.
         here += copy(style).groups(mesh.cp)
     return dict(zip(step.groups, here, strict=True))
 
@@ -310,7 +310,7 @@ def _rank_forecast(
 
 
 def received_over_cp(step: TracedStep, metadata: BatchMetadata) -> int:
-    """Bytes that this rank receives over cp for a batch: of what the host reads alone."""
+    """Bytes that this rank receives over cp for a batch, from what is known on the host."""
     tensors = {key: metadata[key].tensors() for key in metadata}
     total = 0
     for call in step.trace.calls:

@@ -1,4 +1,4 @@
-"""What FSDP holds beside its shards, moment by moment, in the order in which torch 2.13 does it.
+"""What FSDP holds beside its shards, moment by moment, in the order of torch 2.13.
 
 Forward, a unit is gathered into a buffer and copied out of it, and the buffer stays until the next
 unit is copied. Backward, the buffer goes at once, and the next one is on its way while a unit

@@ -1,4 +1,4 @@
-"""The config that a person names: a preset, a config.json, its folder, or a model type."""
+"""The config that a user names: a preset, a config.json, its folder, or a model type."""
 
 import difflib
 from copy import deepcopy
@@ -8,7 +8,7 @@ from typing import Any
 from dtcp.huggingface.config_fields import config_of, model_types, read_fields
 
 REMEDY = "correct the config, or give --model module:function, which returns the model"
-"""Where transformers builds nothing of a config."""
+"""What to do where transformers builds no model of a config."""
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -28,10 +28,10 @@ def read_hf_config(source: str) -> tuple[str, dict[str, Any]]:
 
 
 def config_file(source: str) -> Path | None:
-    """The file of a preset, of a folder or of its own name; None for a model type.
+    """The file that a source names, as a preset, a folder or a path; None for a model type.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: the source is none of these.
     """
     preset = PRESETS / f"{source}.json"
     path = preset if preset.is_file() else Path(source)
@@ -64,7 +64,7 @@ def _is_causal(config: Any) -> bool:
 
 
 def without_dtype(config: Any) -> Any:
-    """A copy of a config, and of those inside, that leaves the dtype to who builds the model."""
+    """A copy of a config, and of those inside, without a dtype, which its builder chooses."""
     copied = deepcopy(config)
     for each in (copied, *(getattr(copied, name) for name in copied.sub_configs)):
         if each is not None:

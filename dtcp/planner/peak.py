@@ -12,11 +12,11 @@ from dtcp.planner.trace import OUTSIDE, Place, Stretch
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Bytes of one rank at the moment when they are most.
+    """Bytes of one rank at its fullest moment.
 
     Args:
         parameters: this rank's shards.
-        gradients: shards summed so far, and whole ones on their way to be.
+        gradients: shards summed so far, and whole gradients that are still to be summed.
         optimizer: its states, of this rank's shards.
         activations: kept for the backward pass.
         workspace: what the part at work holds beside what it keeps.
@@ -53,7 +53,7 @@ def peak_memory(step: StepNumbers, setup: Setup) -> PeakMemory:
 
 
 def least_memory(units: Sequence[Unit], setup: Setup) -> int:
-    """Bytes of weights, gradients and the optimizer alone, when a pass has ended: at least so many.
+    """A lower bound in bytes: weights, gradients and the optimizer alone, at the end of a pass.
 
     Known before a step is run; `peak_memory` adds what the step keeps and works on.
     """

@@ -1,4 +1,4 @@
-"""Pictures of a plan, for people who have not seen the project: matplotlib figures."""
+"""Pictures of a plan, for readers who do not know the project: matplotlib figures."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,7 +27,7 @@ PARTS: Mapping[str, str] = {
 
 
 def pictures(search: Search, cluster: Cluster) -> dict[str, tuple[str, Any]]:
-    """(what it shows, figure) by name; all of the best setup but the last two."""
+    """(what it shows, figure) by name; all but the last two show the best setup."""
     best = search.best
     drawn: Mapping[str, tuple[str, Callable[..., Any]]] = {
         "tokens": (

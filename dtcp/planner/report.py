@@ -1,4 +1,4 @@
-"""A search as a person reads it, and as JSON."""
+"""The result of a search, as text and as JSON."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from dtcp.softmax import AllGatherAttention, HybridAttention, UlyssesAttention
 
 
 def strategy_name(setup: Setup) -> str:
-    """As --dtcp.strategy has it."""
+    """The strategy, as --dtcp.strategy names it."""
     match setup.attention:
         case HybridAttention():
             return f"hybrid({setup.attention.inner_ranks})"
@@ -29,7 +29,7 @@ def strategy_name(setup: Setup) -> str:
 
 
 def checkpoint_name(setup: Setup) -> str:
-    """As the option activation_checkpoint has it."""
+    """The checkpointing, as the option activation_checkpoint names it."""
     match setup.checkpoint:
         case FullCheckpoint():
             return "full"
@@ -39,13 +39,13 @@ def checkpoint_name(setup: Setup) -> str:
 
 
 def layout_name(setup: Setup) -> str:
-    """As --dtcp.layout has it."""
+    """The layout, as --dtcp.layout names it."""
     name = setup.layout.__name__
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
 
 
 def mesh_name(setup: Setup) -> str:
-    """The axes that have ranks."""
+    """The axes of more than one rank."""
     degrees = setup.degrees
     wide = [f"{axis} {getattr(degrees, axis)}" for axis in AXES if getattr(degrees, axis) > 1]
     etp = f", etp {degrees.etp}" if degrees.etp > 1 else ""
@@ -54,7 +54,7 @@ def mesh_name(setup: Setup) -> str:
 
 
 SHOWN = 12
-"""Setups of a kind that a report lists."""
+"""How many setups of a kind a report lists."""
 
 
 def text_report(workload: Workload, cluster: Cluster, search: Search) -> list[str]:
@@ -133,7 +133,7 @@ def _what(setup: Setup) -> str:
 
 
 def _too_much(search: Search, rest: Sequence[Candidate], usable: int) -> Iterator[str]:
-    """Setups that need more memory than there is, and by how much."""
+    """Setups that need more memory than there is, with what they lack."""
     needs = [(_what(each.setup), each.forecast.memory.total, "") for each in rest]
     needs += [(_what(each.setup), each.needs, " or more") for each in search.too_large]
     for name, size, more in needs[:SHOWN]:
@@ -151,7 +151,7 @@ def _reasons(search: Search) -> dict[str, int]:
 
 
 def on_one_line(text: str) -> str:
-    """What was said, on one line; of lines that differ in a layer's number alone, one for all."""
+    """A text on one line; lines that differ only in a layer's number become one."""
     kinds: dict[str, list[str]] = {}
     for line in (" ".join(line.split()) for line in text.splitlines()):
         kinds.setdefault(re.sub(r"\.\d+(?=[\s.])", ".*", line), []).append(line)

@@ -1,4 +1,4 @@
-"""Forecasts of a row's ranks that a search asks for, each made once, in one process or several."""
+"""The forecasts that a search asks for, each made once, in one process or several."""
 
 import multiprocessing
 from collections.abc import Callable, Hashable, Iterable
@@ -29,11 +29,11 @@ Outcome = RowForecast | ValueError | TypeError
 class RowForecasts:
     """Forecasts of one model's steps on the ranks of a row, by setup.
 
-    What a row's ranks do depends neither on how many rows there are nor on who has which weights,
+    What a row's ranks do depends neither on how many rows there are nor on how weights are sharded,
     so many meshes share a forecast.
 
     Args:
-        processes: forked from this one, each making one at a time; 1 for none.
+        processes: forked from this one, each making one forecast at a time; 1 forks none.
     """
 
     def __init__(self, subject: Subject, processes: int = 1) -> None:
@@ -50,7 +50,7 @@ class RowForecasts:
         return _or_raise(self._known[key])
 
     def prepare(self, setups: Iterable[Setup]) -> None:
-        """Make all of them in the processes there are; without any, nothing is done."""
+        """Make these forecasts side by side; without processes, each is made when asked for."""
         if self._pool is None:
             return
         running: dict[Hashable, Future[Outcome]] = {}
@@ -66,11 +66,11 @@ class RowForecasts:
             self._pool.shutdown()
 
     def count(self, setups: Iterable[Setup]) -> int:
-        """How many forecasts they take."""
+        """How many forecasts these setups need."""
         return len({_key(setup) for setup in setups})
 
     def least(self, setup: Setup) -> int:
-        """Bytes that the weights alone take on a rank at the fullest moment.
+        """Bytes of a rank at least, from its weights alone: see `least_memory`.
 
         Raises:
             ValueError, TypeError: the model does not take this mesh.
@@ -124,7 +124,7 @@ def _forecast_or_refusal(subject: Subject, setup: Setup) -> Outcome:
 
 
 def _or_refusal(subject: Subject, work: Callable[[], T]) -> T | ValueError | TypeError:
-    """What the work returns, or why a model is not for it."""
+    """What the work returns, or why the model does not take it."""
     try:
         return work()
     except (ValueError, TypeError) as error:
@@ -148,7 +148,7 @@ def _unknown_step(subject: Subject, error: Exception) -> ValueError:
 def _units_or_refusal(subject: Subject, setup: Setup) -> list[Unit] | ValueError | TypeError:
     def units() -> list[Unit]:
         degrees = row_degrees(setup.degrees)
-        # The forecast of a row of this mesh says what is warned of.
+        # The forecast of a row of this mesh repeats these warnings.
         with captured_warnings(), fake_ranks(degrees.world, 0):
             mesh = ParallelMesh.from_degrees(degrees, "cpu")
             return place_model(subject, mesh, setup).units(setup, mesh.experts)

@@ -15,13 +15,13 @@ from dtcp.planner.timing import StepTime, step_time
 from dtcp.planner.workload import Workload
 
 MOST_ROW_FORECASTS = 24
-"""Steps that are looked at before meshes that others make needless are passed over."""
+"""Forecasts beyond which meshes that others make pointless are skipped."""
 
 REFINED = 3
-"""Of the best meshes, those of which other ways are tried."""
+"""How many of the best meshes are tried in other ways."""
 
 MOST_GPUS = 4096
-"""Of a cluster that would do."""
+"""The largest cluster that is suggested."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Search:
     refused: tuple[Refused, ...] = ()
     too_large: tuple[TooLarge, ...] = ()
     passed: int = 0
-    """Meshes that were not looked at, for one with a smaller cp fits."""
+    """Meshes that were not forecast, because one with a smaller cp fits."""
 
     @property
     def best(self) -> Candidate:
@@ -83,10 +83,10 @@ class Search:
 
 
 class Planner:
-    """Forecasts setups of one model; what several share is looked at once.
+    """Forecasts setups of one model; what several share is forecast once.
 
     Args:
-        processes: that trace steps; more than 1 are forked from this one.
+        processes: how many trace steps; more than 1 are forked from this one.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Planner:
         return SearchSpace(self.cluster, self.workload, self.row_forecasts)
 
     def on(self, cluster: Cluster) -> "Planner":
-        """The same model and rows on another cluster; what was seen stays known."""
+        """The same model and rows on another cluster, with all forecasts made so far."""
         other = copy(self)
         other.cluster = cluster
         return other
@@ -120,7 +120,7 @@ class Planner:
         data = degrees.dp_replicate * degrees.dp_shard
         if self.workload.rows % data:
             raise ValueError(
-                f"A step has as many rows for each data-parallel rank, got --global-batch "
+                f"A step has equally many rows for each data-parallel rank, got --global-batch "
                 f"{self.workload.rows} on {data} of them: give a multiple of {data}."
             )
         self.workload.check_cut(degrees)
@@ -128,7 +128,7 @@ class Planner:
         return self.ranked([plain, *self.space.variants(plain)])
 
     def ranked(self, setups: Iterable[Setup], before: Search | None = None) -> Search:
-        """What becomes of each, beside what was found before, best first."""
+        """What becomes of each setup, added to what was found before, best first."""
         before = before or Search()
         candidates, refused = list(before.candidates), list(before.refused)
         tried = list(setups)
@@ -149,7 +149,7 @@ class Planner:
         few = self.row_forecasts.count(small) <= MOST_ROW_FORECASTS
         worth = small if few else self._narrow(small)
         if not worth:
-            # So that there is something to say of what is missing.
+            # So that the report can say how much memory is missing.
             worth = [each.setup for each in sifted.too_large[:2]]
             sifted = replace(sifted, too_large=sifted.too_large[2:])
         passed = len(small) - len(worth) if small else 0

@@ -1,4 +1,4 @@
-"""What there is to try for a workload on a cluster: meshes, and ways to run each of them."""
+"""What a search tries for a workload on a cluster: meshes, and ways to run each of them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -53,7 +53,7 @@ class SearchSpace:
         return [copies] if copies > 1 and data % copies == 0 else []
 
     def _spread(self, degrees: Degrees) -> list[int]:
-        """Degrees of ep to try first: the least, that of a node, and all ranks that there are."""
+        """Degrees of ep to try first: the least, the largest inside a node, the largest of all."""
         possible = self._expert_degrees(degrees)
         node = self.cluster.ranks_per_node
         inside = [ep for ep in possible if ep * self.workload.etp <= node]
@@ -63,15 +63,15 @@ class SearchSpace:
         counts, etp = self.row_forecasts.expert_counts, self.workload.etp
         ranks = degrees.sparse // etp if counts else 1
         possible = [ep for ep in _divisors(ranks) if not any(n % ep for n in counts)]
-        # What splits experts beside ep needs one.
+        # etp splits experts beside ep, and needs one.
         return possible if etp == 1 else possible[1:]
 
     def spread_over(self, degrees: Degrees, ep: int) -> Degrees:
-        """The mesh with experts over ep, and over tp, too, where that is wished for."""
+        """The mesh with experts over ep, and over tp, too, where the workload asks for it."""
         return replace(degrees, ep=ep, etp=self.workload.etp if ep > 1 else 1)
 
     def plain(self, degrees: Degrees) -> Setup:
-        """A mesh in one way, the first to be tried."""
+        """The first way in which a mesh is tried."""
         data = degrees.dp_replicate * degrees.dp_shard
         ring = RingAttention(reduce_dtype=self.workload.reduce_dtype)
         settled: dict[str, Any] = {"attention": ring}
@@ -91,7 +91,7 @@ class SearchSpace:
         )
 
     def variants(self, plain: Setup) -> list[Setup]:
-        """Other ways to run a mesh, of those that are wished for."""
+        """Other ways to run a mesh, among those that the workload leaves open."""
         others = (setup for setup in self._others(plain) if self.workload.takes(setup))
         return [setup for setup in others if setup != plain]
 
@@ -116,17 +116,14 @@ class SearchSpace:
 
 
 def _nodes_for(cluster: Cluster, degrees: Degrees) -> int:
-    """Ranks of a node as a run on this mesh has them: 0 for one tier, where nodes cut cp unevenly.
-
-    Of one node, too.
-    """
+    """`Setup.ranks_per_node` of a run: 0 on one node, or where nodes cut cp unevenly."""
     nodes = cluster.ranks_per_node
     is_even = even_on_cp(degrees.cp, degrees.tp, nodes)
     return nodes if cluster.nodes > 1 and is_even else 0
 
 
 def attention_styles(cp: int, **options: Any) -> list[AttentionStyle]:
-    """Strategies of global attention that so many ranks have a use for, each with the options."""
+    """The strategies of global attention that make sense on cp ranks, each with these options."""
     styles: list[AttentionStyle] = [RingAttention(**options)]
     if cp > 1:
         styles += [AllGatherAttention(**options), UlyssesAttention(**options)]

@@ -20,7 +20,7 @@ class Precision:
         compute: of gathered parameters and activations.
         reduce: of gradients while they are summed over ranks.
         master: of parameters, gradients and the optimizer's states as they are kept.
-        states: of the optimizer, a parameter: 2 of Adam.
+        states: numbers that the optimizer keeps per parameter: 2 for Adam.
     """
 
     compute: torch.dtype = torch.bfloat16
@@ -40,8 +40,8 @@ class Setup:
         documents: of one rank's rows of one micro-batch; its batch is local_batch_size.
         micro_batches: passes forward and backward between two steps of the optimizer.
         reshard: free a block's gathered parameters after its forward pass.
-        ranks_per_node: that a launcher starts on each machine: what several of them read crosses
-            to it once. 0: exchanges have one tier.
+        ranks_per_node: how many a launcher starts on each machine: what several of them read
+            crosses to it once. 0: exchanges have one tier.
     """
 
     degrees: Degrees
@@ -59,6 +59,6 @@ class Setup:
 
     @property
     def tokens(self) -> int:
-        """Of a step, on all ranks together."""
+        """Tokens of a step, on all ranks together."""
         rows = self.documents.batch * self.degrees.dp_replicate * self.degrees.dp_shard
         return rows * self.documents.seq_len * self.micro_batches

@@ -1,4 +1,4 @@
-"""What FSDP does with a model's parameters: units, and the bytes that each moves and holds."""
+"""How FSDP shards a model's parameters: its units, and the bytes that each moves and holds."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Weight:
     Args:
         dtype: in compute.
         trained: it gets a gradient.
-        spread: its first dim is that of experts, which ranks of ep have their own of.
+        spread: its first dim is that of experts, of which each rank of ep has its own.
     """
 
     shape: tuple[int, ...]
@@ -32,7 +32,7 @@ class Weight:
     spread: bool = False
 
     def own(self, degrees: Degrees) -> int:
-        """Numbers that FSDP leaves a rank: dim 0 in equal parts, the last one padded.
+        """Elements that FSDP leaves each rank: dim 0 in equal parts, the last one padded.
 
         Of experts, the next dim, where they are too few for their ranks and it can be divided.
         """
@@ -78,7 +78,7 @@ class Unit:
     role: UnitRole = UnitRole.BLOCK
 
     def numbers(self, degrees: Degrees) -> int:
-        """Of all dtypes that a rank keeps."""
+        """Elements that a rank keeps, of all dtypes."""
         return sum(weight.own(degrees) for weight in self.weights)
 
     def kept(self, degrees: Degrees, *, spread: bool) -> int:

@@ -34,7 +34,7 @@ from dtcp.token_dropout import leave_out_dropout
 
 @dataclass(frozen=True)
 class StepNumbers:
-    """A step of one rank in numbers: what ran once for each kind of block, and what is repeated."""
+    """A step of one rank in numbers: each kind of block ran once, and is counted as it repeats."""
 
     trace: Trace
     kinds: list[BlockKind]
@@ -53,7 +53,7 @@ class StepNumbers:
 
 @dataclass(frozen=True)
 class TracedStep(StepNumbers):
-    """A step of one rank with the model that took it: it can be asked of other ranks' batches."""
+    """A step of one rank with the model that took it, to be asked of other ranks' batches."""
 
     model: nn.Module
     sharded: ShardedBatch
@@ -61,7 +61,7 @@ class TracedStep(StepNumbers):
     """Names of the groups that mixers talk over, as this rank has them."""
 
     def numbers(self) -> StepNumbers:
-        """Without what is large: the model, and the calls of its ops."""
+        """The numbers alone, without what is large: the model, and the calls of its ops."""
         trace = replace(self.trace, calls=[])
         return StepNumbers(trace, self.kinds, self.units, self.inputs, self.parameters, self.axes)
 
@@ -112,9 +112,9 @@ def place_model(subject: Subject, mesh: ParallelMesh, setup: Setup) -> PlacedMod
 
 
 def trace_step(subject: Subject, mesh: ParallelMesh, setup: Setup) -> TracedStep:
-    """Place the model, run a step, and note it.
+    """Place the model, run a step, and record it.
 
-    The process group of the mesh is there, fake or real; nothing is sent.
+    The process group of the mesh exists, fake or real; nothing is sent.
 
     Raises:
         ValueError: a mesh, layout or strategy that does not suit the model.
@@ -125,7 +125,7 @@ def trace_step(subject: Subject, mesh: ParallelMesh, setup: Setup) -> TracedStep
     tied = find_tied_parameters(model)
     with fake:
         model.to_empty(device="cpu")
-    # It makes two tensors of a shared parameter.
+    # to_empty makes two tensors of a shared parameter.
     restore_tied_parameters(model, tied)
     local, sharded = subject.batch(model, mesh, setup.layout, setup.documents)
     read = metadata_tensors(sharded.attn_metadata)
@@ -167,7 +167,7 @@ def _bytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 def metadata_tensors(metadata: BatchMetadata) -> list[Tensor]:
-    """What mixers read of a batch, without the model's modules that do."""
+    """The tensors that mixers read of a batch."""
     return [tensor for key in metadata for tensor in metadata[key].tensors()]
 
 
@@ -188,7 +188,7 @@ def _run(
 ) -> tuple[Trace, set[int]]:
     """What a step does, and the ids of the parameters that get a gradient."""
     model.train()
-    leave_out_dropout(model)  # which reads its tokens' keys, of a batch that is not drawn
+    leave_out_dropout(model)  # it reads a key for each token, and these tokens are fake
     recorder = StepRecorder(sharded.attn_metadata, fake=True)
     recorder.ignore([*model.parameters(), *model.buffers(), *local.values()])
     gradients = _Gradients(recorder, model, plan)
@@ -224,7 +224,7 @@ def experts_of(model: nn.Module) -> list[nn.Module]:
 
 
 class _Gradients:
-    """Whole gradients of weights, which go when FSDP would take them: once a unit is done."""
+    """Whole gradients of weights, dropped when FSDP would take them: once a unit is done."""
 
     def __init__(self, recorder: StepRecorder, model: nn.Module, plan: ParallelPlan) -> None:
         self.recorder, self.reached = recorder, set[int]()
@@ -281,7 +281,7 @@ def axes_of(mesh: ParallelMesh) -> dict[str, str]:
 
 
 def _keep_wide(model: nn.Module, plan: ParallelPlan, dtype: torch.dtype) -> None:
-    """What mixed precision leaves alone, in its own dtype."""
+    """Keep what mixed precision leaves alone in its own dtype."""
     for name in plan.keep_dtype:
         parent, _, last = name.rpartition(".")
         old = model.get_parameter(name)
@@ -297,7 +297,7 @@ def _drop_grad(p: Tensor) -> None:
 
 
 class _Undrawn(TorchFunctionMode):
-    """Weights are not drawn: on the meta device that takes time and changes nothing."""
+    """Inside, weights are not drawn: on the meta device that takes time and changes nothing."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -1,4 +1,4 @@
-"""Whose run is forecast: a model, its plan on a mesh, its batch and its loss."""
+"""What a forecast is of: a model, its plan on a mesh, its batch and its logits."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -55,7 +55,7 @@ class Subject(Protocol):
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """A model family of dtcp's."""
+    """One of dtcp's model families."""
 
     model: Callable[[Any], nn.Module]
     config_from_hf: Callable[[Mapping[str, Any]], Any]
@@ -74,7 +74,7 @@ MODEL_TYPES: Mapping[str, str] = {
     **dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), "qwen3_5"),
     "deepseek_v4": "deepseek_v4",
 }
-"""Hugging Face's model types that a family of ours carries out."""
+"""The model types of Hugging Face that dtcp's own families implement."""
 
 
 class _CalledWithMixers:
@@ -197,15 +197,15 @@ class MadeHuggingFaceModel(HuggingFaceModel):
         model = model_of_function(self.name)
         if not hasattr(model, "set_attn_implementation"):
             raise ValueError(
-                f"A model of one's own has a plan, got {type(model).__name__} from --model "
-                f"{self.name}, which is none of transformers, alone: add --plan module:function."
+                f"A model that is not of transformers needs a plan, got {type(model).__name__} "
+                f"from --model {self.name} without one: add --plan module:function."
             )
         return model
 
 
 @dataclass(frozen=True)
 class OwnModel(_CalledWithMixers):
-    """A model with mixers that somebody wrote, called as ours are, and its plan.
+    """A user's model with mixers, called as ours are, and its plan.
 
     Args:
         name: the function that returns it, module:function.
@@ -225,7 +225,7 @@ class OwnModel(_CalledWithMixers):
 
 
 def _rows_of(documents: Documents) -> dict[str, Tensor]:
-    """A batch of these documents, in which no token says anything."""
+    """A batch of these documents, with the same id for every token."""
     ids = torch.zeros(documents.batch, documents.seq_len, dtype=torch.int64)
     # Padding is not predicted.
     labels = ids.masked_fill(documents.document() < 0, IGNORED)

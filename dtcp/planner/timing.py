@@ -1,4 +1,4 @@
-"""How long a step takes, modelled: compute, transfers, and what of these is waited for."""
+"""A model of how long a step takes: compute, transfers, and how much of these is waited for."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class StepTime:
 
     Args:
         matmuls, mixers: compute.
-        exposed: of transfers by axis, what compute does not hide; fsdp's are of all weights.
+        exposed: transfers that compute does not hide, by axis; fsdp's are of all weights.
     """
 
     matmuls: float
@@ -29,7 +29,7 @@ class StepTime:
 
     @property
     def bound(self) -> str:
-        """What takes most of it."""
+        """What takes most of the time."""
         parts = {"matmuls": self.matmuls, "attention": self.mixers}
         parts |= {f"{axis} transfers": seconds for axis, seconds in self.exposed.items()}
         return max(parts, key=lambda name: parts[name])

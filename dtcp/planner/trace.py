@@ -1,4 +1,4 @@
-"""What one step of a model does, noted while it runs on tensors that have sizes and no memory.
+"""What one step of a model does, recorded while it runs on tensors that have sizes and no memory.
 
 A mode stands above fake tensors and sees every op: what our ops move (their `moves`), the
 collectives of torch, matmuls, and every tensor that is made and let go. Stretches of the step are
@@ -56,7 +56,7 @@ class MetadataTensor:
 
 @dataclass(frozen=True)
 class OpCall:
-    """One call of an op of ours, to be asked again for another batch or rank."""
+    """One call of an op of ours, which can be evaluated for another batch or rank."""
 
     place: Place
     op: OpOverload
@@ -66,7 +66,7 @@ class OpCall:
     def arguments(
         self, metadata: Mapping[MetadataKey, Sequence[Tensor]], groups: Mapping[str, str]
     ) -> tuple[Any, Any]:
-        """(args, kwargs) with a batch's metadata and a rank's groups in place of the traced."""
+        """(args, kwargs) with a batch's metadata and a rank's groups for those of the trace."""
         leaves = []
         for leaf in self.leaves:
             if isinstance(leaf, MetadataTensor):
@@ -92,7 +92,7 @@ class Stretch:
 
     Args:
         start, end: when it began, and when it ended.
-        peak: at the moment when they and the gradients were most.
+        peak: at the moment when they and the gradients together were most.
         grads, grads_left: whole gradients of weights, at that moment and at the end.
     """
 
@@ -117,11 +117,11 @@ class Trace:
 
 
 class StepRecorder(TorchDispatchMode):
-    """Notes a step. Open it above fake tensors' mode, or around real ones.
+    """Records a step. Enter it above the mode of fake tensors, or around real ones.
 
     Args:
         metadata: of the batch that is run; its tensors are recognized in the calls.
-        fake: tensors have no data: every expert gets as many tokens.
+        fake: tensors have no data, so every expert gets equally many tokens.
     """
 
     def __init__(self, metadata: BatchMetadata, *, fake: bool = False) -> None:
@@ -140,13 +140,13 @@ class StepRecorder(TorchDispatchMode):
         self._open(Place())
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Leave these out of what is alive: weights, and the batch."""
+        """Do not count these as alive: weights, and the batch."""
         for x in tensors:
             local = x.to_local() if isinstance(x, DTensor) else x
             self._alive[storage_key(local.untyped_storage())] = 0
 
     def count_gradient(self, grad: Tensor) -> None:
-        """What this one holds is a weight's gradient, and counted apart."""
+        """Count this tensor's memory apart: it is a weight's gradient."""
         key = storage_key(grad.untyped_storage())
         if size := self._alive.pop(key, 0):
             self.live -= size
@@ -181,13 +181,13 @@ class StepRecorder(TorchDispatchMode):
             x = args[0]
             return torch.device("meta") if x.fake_mode.in_kernel_invocation else x.fake_device
         if any(issubclass(kind, DTensor) for kind in types):
-            # What it does comes by again, on local tensors.
+            # What it does is dispatched again, on local tensors.
             return NotImplemented
         kwargs, name = kwargs or {}, func.name()
         if self.fake and name == ROUTE:
             out = self.routes(func, args, kwargs)
         elif self.fake and name == "aten::detach" and type(args[0]) is Tensor:
-            # As checkpointing does to what it keeps: what the host reads stays readable.
+            # Checkpointing detaches what it keeps: what the host reads stays readable.
             with real_tensors():
                 out = func(*args)
         else:

@@ -1,4 +1,4 @@
-"""What a plan is asked to run: the rows of a step, and what of the setup is settled."""
+"""What is to be planned: the rows of a step, and what of the setup is fixed."""
 
 from dataclasses import dataclass
 
@@ -14,14 +14,14 @@ from dtcp.softmax.style import AttentionStyle
 
 @dataclass(frozen=True)
 class Workload:
-    """What is to be run, and what of it is settled.
+    """What is to be run, and what of it is fixed.
 
     Args:
         documents: of one row.
         rows: of a step, on all ranks together.
         etp: as of Degrees; above 1, experts are split over all of tp.
-        cuts_evenly: for train.py, which takes rows that cp and tp cut into equal parts alone.
-        attention, layout, checkpoint: those alone; None to try what there is.
+        cuts_evenly: for train.py, which only takes rows that cp and tp cut into equal parts.
+        attention, layout, checkpoint: use this one; None to try what there is.
         reduce_dtype: of strategies that are tried, as of AttentionStyle.
         reshard: as of Setup.
     """
@@ -58,7 +58,7 @@ class Workload:
             )
 
     def takes(self, setup: Setup) -> bool:
-        """Whether it is one of those that are wished for."""
+        """Whether a setup is among those that are asked for."""
         return (
             self.attention in (None, setup.attention)
             and self.layout in (None, setup.layout)

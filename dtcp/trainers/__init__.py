@@ -1,4 +1,4 @@
-"""Training loops of others on a mesh: transformers' Trainer, those of TRL, and what they save."""
+"""Other libraries' training loops on a mesh: transformers' Trainer, TRL's, and what they save."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""accelerate's Accelerator where the ranks of a cp and tp group are one process of a loop."""
+"""accelerate's Accelerator, to which the ranks of a cp and tp group are one process."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,16 +19,16 @@ from dtcp.trainers.optimizer_trial import check_steps_shards
 
 
 class MeshAccelerator(Accelerator):
-    """Deals rows to batch ranks, takes models as they are, and sums gradients as FSDP does.
+    """Deals rows to batch ranks, leaves models as they are, and sums gradients as FSDP does.
 
     Rows stay on the host: shard_hf_batch reads them there, and moves this rank's part.
     """
 
     mesh: ParallelMesh
     rows_of: Callable[[nn.Module], WholeRows]
-    """A model as a loop calls it."""
+    """Wraps a model so that a loop can call it with whole rows."""
     look_at: Callable[[Any], None]
-    """Is given each batch when its loader has it, a step before the loop has."""
+    """Called with each batch as soon as its loader has it, a step before the loop does."""
 
     @classmethod
     def adopt(
@@ -38,10 +38,10 @@ class MeshAccelerator(Accelerator):
         rows_of: Callable[[nn.Module], WholeRows],
         look_at: Callable[[Any], None],
     ) -> None:
-        """Let an accelerator that a Trainer has made be one of this class.
+        """Turn an accelerator that a Trainer has made into one of this class.
 
-        The Trainer makes it of a name of its own module, from a dozen settings: another one of the
-        same settings would be made by a copy of that code.
+        The Trainer looks its class up in its own module and makes it from a dozen settings: making
+        another one would take a copy of that code.
         """
         accelerator.__class__ = cls
         accelerator.mesh, accelerator.rows_of, accelerator.look_at = mesh, rows_of, look_at
@@ -61,7 +61,7 @@ class MeshAccelerator(Accelerator):
         if isinstance(loader, DataLoaderShard):
             _show_batches(loader.base_dataloader, self.look_at)
             if self.num_processes > 1 and _draws_own_order(data_loader.sampler):
-                # Those of the first rank, for collators may have drawn more on some than on others.
+                # Take the first rank's state: collators may have drawn more numbers on some ranks.
                 loader.rng_types = ["torch"]
         return loader
 
@@ -71,8 +71,8 @@ class MeshAccelerator(Accelerator):
         return model if isinstance(model, WholeRows) else self.rows_of(model)
 
     def prepare_optimizer(self, optimizer: Any, device_placement: Any = None) -> Any:
-        """Once it has been tried on shards, whoever has made it."""
-        if not isinstance(optimizer, AcceleratedOptimizer):  # as it is where one trains on
+        """Try an optimizer on shards first, whoever has made it."""
+        if not isinstance(optimizer, AcceleratedOptimizer):  # in a second train(): tried before
             check_steps_shards(optimizer)
         return super().prepare_optimizer(optimizer, device_placement)
 
@@ -84,7 +84,7 @@ class MeshAccelerator(Accelerator):
         return recursively_apply(self._gather_one, tensor, error_on_other_type=True)
 
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
-        """The values of all batch ranks, lists of objects too, but for what a loader repeats."""
+        """The values of all batch ranks, lists of objects too, without what a loader repeats."""
         if not use_gather_object and _has_tensors_alone(input_data):
             return super().gather_for_metrics(input_data)
         parts: list[Any] = [input_data] * self.num_processes
@@ -96,7 +96,7 @@ class MeshAccelerator(Accelerator):
         return objects[:left] if left > 0 else objects
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
-        """Over batch ranks, each of which counts once; `scale` is for other devices, as ever."""
+        """Reduce over batch ranks, each counted once; `scale` only matters on XLA."""
 
         def of_all(x: Tensor) -> Tensor:
             parts = self._gather_one(x[None])
@@ -115,7 +115,7 @@ class MeshAccelerator(Accelerator):
         return torch.cat(parts)
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        """Loops average over processes; gradients here are sums over all ranks that have tokens."""
+        """Divide the loss: loops average over processes, while gradients here are sums."""
         super().backward(loss / self.mesh.size("batch"), **kwargs)
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
@@ -132,12 +132,12 @@ def _has_tensors_alone(data: Any) -> bool:
 
 
 def _draws_own_order(sampler: Any) -> bool:
-    """Whether a sampler draws torch's numbers, where accelerate seeds none for it by the epoch."""
+    """Whether a sampler draws from torch's generator and accelerate does not seed it by epoch."""
     return getattr(sampler, "generator", ...) is None and not isinstance(sampler, RandomSampler)
 
 
 def _show_batches(loader: Any, look_at: Callable[[Any], None]) -> None:
-    """Let a loader show each batch as soon as it has it: accelerate asks for one ahead."""
+    """Call `look_at` with each batch as soon as a loader has it: accelerate asks for one ahead."""
 
     def __iter__(self: Any) -> Iterator[Any]:
         for batch in kind.__iter__(self):

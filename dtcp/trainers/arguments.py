@@ -1,4 +1,4 @@
-"""What a Trainer's arguments ask for that a mesh does in another way, refused by name."""
+"""Refuses, by name, what a Trainer's arguments ask for and a mesh does in another way."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -13,10 +13,10 @@ from dtcp.trainers.policy_arguments import names_of_trl, trains_policy
 
 
 def check_trained_model(model: Any) -> None:
-    """Refuse what is no model that could be put on a mesh.
+    """Refuse anything but a model that could be put on a mesh.
 
     Raises:
-        TypeError: no model.
+        TypeError: not a model.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -31,7 +31,7 @@ def is_on_mesh(model: Any) -> bool:
 
 
 def asked_of_placing(args: Any) -> dict[str, Any]:
-    """What training arguments ask of the call that puts a model on the mesh."""
+    """Options that training arguments imply for the call that puts a model on the mesh."""
     return {"compile": Compile(args.torch_compile_backend)} if args.torch_compile else {}
 
 
@@ -39,7 +39,7 @@ def check_placed_as_asked(args: Any, model: Any) -> None:
     """Refuse arguments that a model that is on the mesh already cannot follow.
 
     Raises:
-        ValueError: blocks to be compiled that were placed without.
+        ValueError: torch_compile for blocks that were placed without compile.
     """
     if args.torch_compile and not has_compiled_blocks(model):
         raise ValueError(
@@ -50,7 +50,7 @@ def check_placed_as_asked(args: Any, model: Any) -> None:
 
 
 def check_reference(trainer: type, named: Mapping[str, Any]) -> None:
-    """Refuse sharded adapters of which a trainer would make a copy, as its reference.
+    """Refuse sharded adapters that a trainer would copy to make its reference.
 
     Args:
         named: the trainer's arguments by name.
@@ -72,7 +72,7 @@ def check_reference(trainer: type, named: Mapping[str, Any]) -> None:
 
 
 def _has_reference(trainer: type) -> bool:
-    """Whether a loss of TRL's is of a reference; the mixin's own methods say nothing."""
+    """Whether a trainer of TRL has a reference model; the mixin's own methods do not count."""
     return any(
         each.__module__.startswith("trl.") and "compute_ref_log_probs" in vars(each)
         for each in trainer.__mro__
@@ -80,14 +80,14 @@ def _has_reference(trainer: type) -> bool:
 
 
 TRL_TRAINERS = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer", "GRPOTrainer")
-"""Trainers of TRL whose losses are known to be those of one process."""
+"""Trainers of TRL whose losses are known to equal those of one process."""
 
 
 def check_trainer(trainer: type) -> None:
     """Refuse a trainer of TRL that only generates what it trains on, or reads its model otherwise.
 
     Raises:
-        TypeError: a class of TRL that is none of TRL_TRAINERS, nor made of one.
+        TypeError: a class of TRL that is not in TRL_TRAINERS and derives from none of them.
     """
     names = names_of_trl(trainer)
     if names and names[0] not in TRL_TRAINERS:
@@ -114,22 +114,22 @@ def check_callbacks(callbacks: Iterable[Any]) -> None:
 
 
 def computes_on_rows(trainer: type) -> bool:
-    """Whether a class computes its loss by itself, of rows too, which then lie on the device."""
+    """Whether a class computes its own loss, from rows as well, which must be on the device."""
     owners = (each for each in trainer.__mro__ if "compute_loss" in vars(each))
     foreign = (each for each in owners if not each.__module__.startswith("dtcp."))
     return not next(foreign).__module__.startswith("transformers.")
 
 
 def smooths_by_itself(trainer: type) -> bool:
-    """Whether a class smooths labels of logits by itself, where others leave it to the model."""
+    """Whether a class smooths labels itself, from logits; others leave it to the model."""
     return "SFTTrainer" in names_of_trl(trainer)
 
 
 def check_parts_of_loss(trainer: Any, z_loss: float, *, of_tokens: bool) -> None:
-    """Refuse parts of a loss of tokens that a trainer's own loss would leave out without a word.
+    """Refuse parts of a token loss that a trainer's own loss would silently leave out.
 
     Args:
-        of_tokens: whether labels are those of tokens, and not of rows.
+        of_tokens: whether labels belong to tokens, not to rows.
     Raises:
         ValueError: smoothing or a z-loss that nothing computes.
     """
@@ -150,7 +150,7 @@ def check_parts_of_loss(trainer: Any, z_loss: float, *, of_tokens: bool) -> None
 
 
 def check_launch(accelerator: Any, mesh: ParallelMesh) -> None:
-    """Refuse an environment that says something else than the mesh.
+    """Refuse an environment that contradicts the mesh.
 
     Raises:
         ValueError: other ranks than the mesh has, or a parallelism of accelerate's own.
@@ -158,7 +158,7 @@ def check_launch(accelerator: Any, mesh: ParallelMesh) -> None:
     known, world = accelerator.num_processes, mesh.degrees.world
     if known != world:
         raise ValueError(
-            f"A Trainer knows of all ranks of its mesh by the environment, got num_processes="
+            f"A Trainer learns of all ranks of its mesh from the environment, got num_processes="
             f"{known} for {world} ranks: start them by torchrun or accelerate launch."
         )
     plugins = ("fsdp_plugin", "deepspeed_plugin", "parallelism_config")
@@ -189,11 +189,11 @@ def check_given_optimizer(optimizer: Any, model: nn.Module) -> None:
 
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
-"""Names of transformers for optimizers that step shards as they step whole weights."""
+"""Optimizers that step shards as they step whole weights, by transformers' names."""
 
 
 def check_optimizer_name(args: Any) -> None:
-    """Refuse an optimizer by a name whose code would step shards by what a part of them says.
+    """Refuse an optimizer, by name, that would step shards by what each shard alone says.
 
     Raises:
         ValueError: naming those that are known.
@@ -210,7 +210,7 @@ def check_training_arguments(args: Any, mesh: ParallelMesh) -> None:
     """Refuse training arguments that would be ignored, or done twice, on a mesh.
 
     Raises:
-        ValueError: naming the first of them, and where to say it instead.
+        ValueError: naming the first one, and what to do instead.
     """
     for name, value, remedy in _refused(args, mesh):
         raise ValueError(

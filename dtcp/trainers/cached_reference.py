@@ -1,8 +1,8 @@
 """The reference of a preference loss, computed before training starts, for all rows on all ranks.
 
-TRL writes its numbers into a file that the first process makes and the others open. Where a data
-set lies in memory, each process has a folder of its own for such files, and the first one waits for
-others that have failed. Ranks of a mesh have all numbers anyway: each keeps them.
+TRL writes its numbers into a file that the first process makes and the others open. If the data set
+lies in memory, each process has its own folder for such files: the others fail, and the first one
+waits for them. Ranks of a mesh have all numbers anyway, so each keeps them.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 def with_reference_log_probs(
     trainer: Any, dataset: Any, batch_size: int, prepare: Callable[[Any], Any]
 ) -> Any:
-    """A data set with the reference's numbers of each row in columns more, as TRL names them.
+    """A data set with the reference's numbers of each row in additional columns, named as in TRL.
 
     Args:
         trainer: a DPOTrainer or a KTOTrainer on a mesh; all ranks call this together.

@@ -1,7 +1,7 @@
-"""What one rank alone decides, in a callback or by its metrics, holds on all of them.
+"""What one rank decides by itself, in a callback or by its metrics, holds on all ranks.
 
-A callback may look at the clock, at a file, or hear a signal that reached its host only. A rank
-that then stops, saves or evaluates by itself leaves the others waiting for it.
+A callback may look at the clock or at a file, or hear a signal that only its host received. A rank
+that then stops, saves or evaluates alone leaves the others waiting for it.
 """
 
 from typing import Any
@@ -18,13 +18,13 @@ DECISIONS = (
     "should_evaluate",
     "should_log",
 )
-"""Of a TrainerControl: what all ranks do together."""
+"""Fields of a TrainerControl that all ranks act on together."""
 DECIDED_AFTER = ("on_substep_end", "on_step_end", "on_epoch_end", "on_evaluate", "on_save")
-"""Events that all ranks come to, and behind which a Trainer reads what was decided."""
+"""Events that reach all ranks, and after which a Trainer reads what was decided."""
 
 
 def share_callbacks(handler: Any, mesh: ParallelMesh, device: torch.device) -> None:
-    """Let a Trainer's handler of callbacks hand on to all ranks what they have decided on any."""
+    """Let a Trainer's callback handler share what callbacks have decided on any rank with all."""
 
     def call_event(
         self: Any, event: str, args: Any, state: Any, control: Any, **kwargs: Any
@@ -48,7 +48,7 @@ class SharedDecisions:
     control: Any
 
     def set_initial_training_values(self, args: Any, dataloader: Any, *others: Any) -> Any:
-        """How long to train, as all ranks are going to."""
+        """How long to train: refuses loaders whose lengths differ between ranks."""
         check_length(dataloader, self.mesh)
         return super().set_initial_training_values(args, dataloader, *others)  # type: ignore[misc]
 
@@ -68,7 +68,7 @@ class SharedDecisions:
 
 
 def share_decisions(control: Any, mesh: ParallelMesh, device: torch.device) -> None:
-    """Let a decision of any rank be one of all ranks, which call this together.
+    """Make a decision of any rank one of all ranks, which call this together.
 
     Traffic per rank: five numbers, for which the host waits, as a Trainer does to see a NaN.
     """
@@ -81,7 +81,7 @@ def share_decisions(control: Any, mesh: ParallelMesh, device: torch.device) -> N
 
 
 def check_length(loader: Any, mesh: ParallelMesh) -> None:
-    """Refuse a loader that ends on some ranks while others wait for them in the next batch.
+    """Refuse a loader that would end on some ranks while others wait for them in the next batch.
 
     Raises:
         ValueError: on all ranks.

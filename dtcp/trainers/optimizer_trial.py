@@ -1,4 +1,4 @@
-"""An optimizer tried on small parameters: DTensors as whole ones, or it is refused by name.
+"""Tries an optimizer on small parameters, and refuses one that steps DTensors differently.
 
 Most optimizers are sums and products of their parameters, which DTensors carry out. One that reads
 the memory of a parameter, or the shape of a gradient to make a state of it, finds those of a shard.
@@ -21,7 +21,7 @@ BOUND = 3e-2
 """Of what steps have added, relative to the most that they have added anywhere: Muon computes in
 bf16, and what goes by a shard instead of the whole is further off, for no two shards are alike."""
 OF_GROUP = ("params", "param_names", "name")
-"""What says which group one is."""
+"""Entries of a group that only identify it."""
 Kind = tuple[DeviceMesh, tuple[Placement, ...], int]
 
 
@@ -53,10 +53,10 @@ def _of_any_rank(said: str) -> str:
 
 
 def _ways(optimizer: Any) -> Iterator[tuple[dict[str, Any], Kind]]:
-    """Groups and kinds of their parameters that an optimizer may step in another way, each once."""
+    """Groups, and kinds of parameters, that an optimizer may step differently, each once."""
     seen = set()
     for group in optimizer.param_groups:
-        # Another rate is no other way, but where it is 0; recipes have a group for each layer.
+        # Another rate makes no difference unless it is 0; recipes have a group for each layer.
         settings = repr(
             [
                 bool(x) if isinstance(x, float) else x
@@ -83,7 +83,7 @@ def _kinds(parameters: list[Tensor]) -> list[Kind]:
 
 
 def _difference(optimizer: Any, group: dict[str, Any], kind: Kind) -> str:
-    """What an optimizer does to shards that it does not do to whole parameters; empty: nothing."""
+    """How an optimizer steps shards differently from whole parameters; empty if it does not."""
     mesh, placements, ndim = kind
     device = torch.device(mesh.device_type)  # whose parameters may lie on the host meanwhile
     first, *gradients = (x.to(device) for x in _uneven(SHAPES[ndim - 1]))

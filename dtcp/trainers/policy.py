@@ -1,8 +1,8 @@
 """TRL's GRPOTrainer on a mesh, whose rows others generate: a cp and tp group is one process.
 
-A trainer of policies asks for completions, has them judged, and compares those of one prompt. Of
-each group, the first rank asks and judges: the others would ask for other samples. A loss is TRL's
-own, of log-probabilities that all ranks of a group have whole.
+A policy trainer asks for completions, has them judged, and compares those of one prompt. In each
+group the first rank asks and judges: the others would draw other samples. The loss is TRL's own, of
+log-probabilities that all ranks of a group have whole.
 """
 
 import pickle
@@ -27,7 +27,7 @@ from dtcp.trainers.rewards import (
 
 
 class PolicyRows:
-    """What a policy's trainer does on a mesh in another way; nothing, in another trainer."""
+    """What a policy trainer does differently on a mesh; changes nothing in other trainers."""
 
     mesh: ParallelMesh
     _wrap_model: Callable[[Any], Any]
@@ -50,7 +50,7 @@ class PolicyRows:
     _sampler: Any = None
 
     def _count_generated_rows(self) -> None:
-        """Rows that are generated at once, of all batch ranks: TRL counts those of all processes.
+        """Set how many rows are generated at once, of all batch ranks: TRL counts all processes.
 
         Raises:
             ValueError: prompts whose completions would not all be among them.
@@ -80,10 +80,10 @@ class PolicyRows:
             )
 
     def _share_rollouts(self, sync_weights: Callable[[Any], None] | None) -> None:
-        """Let ranks of a group have the rollouts, logs and random numbers of the first of them.
+        """Give ranks of a group the rollouts, logs and random numbers of the first of them.
 
         Args:
-            sync_weights: takes weights to who generates, before rollouts that follow a step; all
+            sync_weights: sends weights to the generator, before rollouts that follow a step; all
                 ranks call it.
         """
         from accelerate.utils import set_seed
@@ -105,19 +105,19 @@ class PolicyRows:
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         rows = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
-        # Rows are shuffled next, by random numbers: a rollout or a judge may have drawn some, on
-        # the first rank alone.
+        # Rows are shuffled next: a rollout or a judge may have drawn random numbers on the first
+        # rank alone.
         torch.set_rng_state(from_first_rank(torch.get_rng_state(), self.mesh))
         return rows
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, *args: Any) -> Tensor:
         """Of the rows of all batch ranks, as the first rank of each group has them judged.
 
-        What its reward functions log counts, too: a metric may choose the best checkpoint.
+        The same holds for what its reward functions log: a metric may choose the best checkpoint.
 
         Raises:
             RuntimeError: on all ranks, where a reward function fails; there, what it raised.
-            ValueError: columns of log_extra that batch ranks have not as much of.
+            ValueError: columns of log_extra of other lengths on some batch ranks.
         """
 
         def logged() -> Any:
@@ -141,7 +141,7 @@ class PolicyRows:
         return self._sampler
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
-        """Goes on counting micro-batches from the checkpoint, where TRL starts from 0.
+        """Count micro-batches on from the checkpoint, where TRL starts from 0.
 
         It would ask for completions in the middle of the micro-batches that share the same prompts.
         Its sampler draws each epoch's prompts from numbers that carry on, and starts anew, too.
@@ -169,7 +169,7 @@ class PolicyRows:
 
 
 class _LogOfFirstRanks(deque[Any]):
-    """Takes what was gathered of all ranks, and keeps the part of each group's first one."""
+    """Takes what was gathered from all ranks, and keeps the part of each group's first one."""
 
     def __init__(self, mesh: ParallelMesh, length: int | None) -> None:
         super().__init__(maxlen=length)
@@ -181,7 +181,7 @@ class _LogOfFirstRanks(deque[Any]):
 
 
 def _parts_of_first_ranks(mesh: ParallelMesh, values: Any) -> list[Any]:
-    """The parts of each group's first rank, by batch rank, of what all ranks have as much of."""
+    """The parts of each group's first rank, by batch rank, of values gathered from all ranks."""
     degrees = mesh.degrees
     each, left = divmod(len(values), degrees.world)
     if left:
@@ -214,8 +214,8 @@ def _asked_by_first_rank(ask: Callable[..., Any], mesh: ParallelMesh) -> Callabl
         pickled, failure = from_first_rank((pickled, failure), mesh)
         if failure is not None:
             raise RuntimeError(
-                f"What the first rank of a cp and tp group has is its group's, got its {failure}: "
-                f"mend rollout_func, which it calls alone."
+                f"The first rank of a cp and tp group calls rollout_func for its group, got its "
+                f"{failure}: mend rollout_func."
             )
         return pickle.loads(pickled)
 
@@ -223,7 +223,7 @@ def _asked_by_first_rank(ask: Callable[..., Any], mesh: ParallelMesh) -> Callabl
 
 
 def _synced(ask: Callable[..., Any], sync_weights: Callable[[Any], None]) -> Callable[..., Any]:
-    """The same, after weights have been taken there that steps have changed since."""
+    """The same, after sending weights that steps have changed since the last call."""
     steps: list[int] = []
 
     def asked(prompts: Any, trainer: Any) -> Any:

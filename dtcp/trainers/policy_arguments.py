@@ -1,4 +1,4 @@
-"""What a trainer of policies is asked for that a mesh does not do, refused by name."""
+"""Refuses, by name, what a policy trainer is asked for and a mesh does not do."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,19 +15,19 @@ def trains_policy(trainer: type) -> bool:
 
 
 def names_of_trl(kind: type) -> list[str]:
-    """Of the classes of TRL that a class is made of, in their order."""
+    """Names of the classes of TRL that a class derives from, in their order."""
     return [each.__name__ for each in kind.__mro__ if each.__module__.startswith("trl.")]
 
 
 def arguments_by_name(
     classes: Iterable[type], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a trainer is made of, whether it was given by place or by name.
+    """A trainer's arguments by name, whether they were passed by position or by name.
 
     Args:
         classes: in the order of classes; one that takes `*args` hands them to the next.
     Raises:
-        ValueError: an argument by place whose name nobody says.
+        ValueError: a positional argument whose name no class gives.
     """
     places: list[str] = []
     for each in classes:
@@ -61,7 +61,7 @@ def check_policy(
     """Refuse a trainer that would generate rows with the model on the mesh, or another loss.
 
     Args:
-        trainer: of a policy; another one has no weights to be taken to who generates.
+        trainer: any class; one that trains no policy has no use for sync_weights.
         named: the trainer's arguments by name.
         sync_weights: of the mixin.
     Raises:
@@ -71,7 +71,7 @@ def check_policy(
     if not trains_policy(trainer):
         if sync_weights is not None:
             raise ValueError(
-                f"Weights are taken to who generates rows for GRPOTrainer, got sync_weights with "
+                f"Weights are sent to what generates rows for GRPOTrainer, got sync_weights with "
                 f"{trainer.__name__}: leave it out."
             )
         return
@@ -103,7 +103,7 @@ def check_policy(
 
 
 def check_made_policy(trainer: Any, sync_weights: Callable[..., Any] | None) -> None:
-    """The same of a trainer whose classes may have chosen its arguments by themselves.
+    """The same for a trainer whose classes may have chosen its arguments themselves.
 
     Args:
         trainer: as it makes its Accelerator, before it would connect to a server.

@@ -1,7 +1,7 @@
-"""Rows that a loader repeats at its end, so that all batch ranks have as many: without a loss.
+"""Rows that a loader repeats at its end, so that all batch ranks have equally many, get no loss.
 
-accelerate completes the last rows of an epoch by its first ones. Their gradient, and their share of
-an evaluation, would be another one than that of one process, which has no more rows.
+accelerate fills up the last rows of an epoch with its first ones. With these, the gradient and an
+evaluation would differ from those of one process, which repeats no rows.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from dtcp.trainers.streams import note_remainder, rows_of_rank
 
 
 def ignore_repeated(batch: Any, state: Any, mesh: ParallelMesh) -> bool:
-    """Let rows that are repeated have no labels, in place; packed and flattened, they keep them.
+    """Remove the labels of repeated rows, in place; packed and flattened rows keep them.
 
     A batch that was flattened into one row still shows them where each was one document.
 
@@ -44,7 +44,7 @@ def ignore_repeated(batch: Any, state: Any, mesh: ParallelMesh) -> bool:
 
 
 def _tokens_from(own: int, rows: int, batch: Mapping[str, Any]) -> Tensor | None:
-    """Which tokens belong to a row behind the first ones: [B, S]; None where nothing shows it."""
+    """Which tokens belong to a row after the first `own`: [B, S]; None where nothing shows it."""
     labels: Tensor = batch["labels"]
     if len(labels) == rows:
         row = torch.arange(rows, device=labels.device)[:, None]

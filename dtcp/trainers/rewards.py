@@ -18,7 +18,7 @@ from dtcp.distributed.groups import rank_of_process
 from dtcp.distributed.mesh import ParallelMesh
 
 LOGGED = "log_metric and log_extra"
-"""What is said of what reward functions log, where it cannot be pickled."""
+"""How errors name what reward functions log, where it cannot be pickled."""
 FAILURES = (Exception, asyncio.CancelledError)
 """What other ranks hear of, that wait for a user's function: no Ctrl-C, which waits for nobody."""
 
@@ -26,8 +26,8 @@ FAILURES = (Exception, asyncio.CancelledError)
 class FirstRankJudges:
     """Calls reward functions on the first ranks, and holds back what they raise.
 
-    All ranks wait in a gather that follows within the same function of TRL's: a rank that left it
-    would be missed there.
+    All ranks meet in a gather later in the same function of TRL, where one that left early would be
+    missed.
     """
 
     def __init__(self, mesh: ParallelMesh, rows: int) -> None:
@@ -74,7 +74,7 @@ class FirstRankJudges:
             logged: gives metrics, and columns by name, of this rank.
         Raises:
             RuntimeError: on all ranks, where a function has failed on any; there, what it raised.
-            ValueError: columns of which first ranks have not as many values.
+            ValueError: columns of which first ranks have different numbers of values.
         """
         own, pickled = None, b""
         if self.asks:
@@ -102,7 +102,7 @@ class FirstRankJudges:
 
 
 def described(error: BaseException) -> str:
-    """Its type and what it says; its type alone, where it says nothing or fails at that."""
+    """An error's type and text; its type alone where it has no text or fails to give it."""
     name = type(error).__name__
     try:
         return f"{name}: {error}" if str(error) else name
@@ -113,7 +113,7 @@ def described(error: BaseException) -> str:
 
 
 def is_first_rank(mesh: ParallelMesh) -> bool:
-    """Whether this is the rank that asks, of its cp and tp group."""
+    """Whether this is the first rank of its cp and tp group, which asks."""
     return mesh.rank("cp") == mesh.rank("tp") == 0
 
 
@@ -134,7 +134,7 @@ def _of_all_ranks(value: Any, mesh: ParallelMesh) -> list[Any]:
 
 
 def _as_numbers(rewards: Any, rows: int) -> list[float]:
-    """As TRL reads rewards, None included, so that what it refuses is raised here."""
+    """Rewards as TRL reads them, None included, so that what it refuses is raised here."""
     numbers = [torch.nan if each is None else each for each in rewards]
     of_rows = torch.tensor(numbers, dtype=torch.float32)
     if of_rows.shape != (rows,):

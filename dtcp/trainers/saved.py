@@ -23,9 +23,9 @@ from dtcp.parallelize.plans.adapters import adapted_model
 from dtcp.parallelize.save_hf import save_hf
 
 OPTIMIZER = "optimizer"
-"""The folder of torch's distributed checkpoint in that of a step."""
+"""The folder of torch's distributed checkpoint, inside that of a step."""
 RANDOM_STATES = "random_states"
-"""The folder of batch ranks' random states in that of a step, whose own files are of processes."""
+"""The folder of batch ranks' random states, inside that of a step, whose own are by process."""
 
 
 def save_weights(model: Any, folder: Path, *, dtype: torch.dtype | None = None) -> None:
@@ -54,7 +54,8 @@ def save_optimizer(model: nn.Module, optimizer: Any, folder: Path) -> None:
     """Write each rank's part of the optimizer's state.
 
     Raises:
-        ValueError: into folders of several hosts, none of which has all parts. On every rank.
+        ValueError: hosts have written into folders of their own, none of which has all parts. On
+            every rank.
     """
     state = get_optimizer_state_dict(model, _own(optimizer))
     written = dcp.save({OPTIMIZER: state}, checkpoint_id=folder / OPTIMIZER)
@@ -93,7 +94,7 @@ def load_optimizer(model: nn.Module, optimizer: Any, folder: Path) -> None:
 
 @contextmanager
 def as_batch_rank(trainer: Any) -> Iterator[None]:
-    """Inside, a Trainer's arguments say that it is a process for each batch rank.
+    """Inside, a Trainer's arguments name one process per batch rank.
 
     transformers names files of random states, and seeds workers of loaders, by processes, and in
     another way where there is one; rows are shuffled and masked, and completions drawn, by numbers
@@ -108,7 +109,7 @@ def as_batch_rank(trainer: Any) -> Iterator[None]:
 
 
 def check_random_states(folder: Path) -> None:
-    """Warn of a checkpoint that has random states of processes alone: whose they are is unknown."""
+    """Warn of a checkpoint with random states by process only: whose they are is unknown."""
     others = sorted(file.name for file in folder.glob("rng_state*.pth"))
     if others and not (folder / RANDOM_STATES).is_dir():
         warnings.warn(
@@ -120,7 +121,7 @@ def check_random_states(folder: Path) -> None:
 
 
 class _ArgumentsOfBatchRank:
-    """A Trainer's arguments, but for the process: one of several, by its batch rank."""
+    """A Trainer's arguments, with the batch rank as the process."""
 
     world_size, parallel_mode = 2, None
 

@@ -1,7 +1,7 @@
-"""Data sets without an end that is known: all batch ranks read the same one, and end together.
+"""Data sets of unknown length: all batch ranks read the same one, and end together.
 
-accelerate gives each process shards of its own where a stream of `datasets` has as many. Such parts
-end at different rows, and a rank that has none left waits for nobody: the others wait for it.
+accelerate gives each process shards of its own where a stream of `datasets` has enough. Such parts
+end at different rows, and the others would wait for a rank that has none left.
 """
 
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ from torch.utils.data import IterableDataset
 
 
 class WholeStream(IterableDataset[Any]):
-    """A stream as it is, of which each batch rank takes its rows; counts those of the last pass.
+    """A stream of which each batch rank takes its rows; counts those of the last pass.
 
-    To accelerate it is no stream of `datasets`, so every rank reads all rows. Their order is that
-    of one process.
+    accelerate sees no stream of `datasets` in it, so every rank reads all rows, in the order of one
+    process.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -38,12 +38,12 @@ class WholeStream(IterableDataset[Any]):
 
 
 def read_whole(dataset: Any) -> Any:
-    """A stream, so that all ranks read all of it; a data set whose rows have a number, as it is."""
+    """A stream wrapped so that all ranks read all of it; a data set of known length as it is."""
     return WholeStream(dataset) if isinstance(dataset, IterableDataset) else dataset
 
 
 def note_remainder(loader: Any) -> None:
-    """Let a loader of accelerate's that has ended know how many rows of a stream were left for it.
+    """Tell a loader of accelerate that has ended how many rows of a stream were left for it.
 
     Of a stream that workers read nothing is known here.
     """
@@ -55,7 +55,7 @@ def note_remainder(loader: Any) -> None:
 
 
 def rows_of_rank(loader: Any, ranks: int) -> int:
-    """How many rows a loader of accelerate's gives each of so many batch ranks at once."""
+    """How many rows a loader of accelerate gives each of `ranks` batch ranks at once."""
     parts: Any = getattr(loader, "dataset", None)
     if isinstance(parts, IterableDatasetShard):
         rows: int = parts.batch_size
