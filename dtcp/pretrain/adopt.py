@@ -1,4 +1,4 @@
-"""A config of torchtitan's own as one of ours: its model, data and schedule, our attention.
+"""Turns a config of torchtitan into one of ours: its model, data and schedule, our attention.
 
 python train.py --module llama3 --config llama3_debugmodel
     --parallelism.context_parallel_degree 4 --tokenizer.folder ... (and the rest as ever)
@@ -46,7 +46,7 @@ def adopt(config: titan.Trainer.Config) -> Trainer.Config:
         )
     _check_parts(config)
     spec = config.model_spec
-    # With what its author has vouched for.
+    # One that is adopted already keeps what its author has vouched for.
     adopted = spec is not None and spec.parallelize_fn is parallelize_decoder
     return derive(
         config,
@@ -63,13 +63,13 @@ def adopt(config: titan.Trainer.Config) -> Trainer.Config:
 
 
 def _without_stages(parallelism: ParallelismConfig) -> ParallelismConfig:
-    """What torchtitan's configs say of pipeline stages, for runs that have some, is left out."""
+    """Drop what torchtitan's configs say of pipeline stages, where the run has none."""
     reset = dict(_stage_settings(parallelism)) if parallelism.pipeline_parallel_degree == 1 else {}
     return replace(parallelism, spmd_backend="partial_dtensor", **reset)
 
 
 def _stage_settings(parallelism: ParallelismConfig) -> Iterator[tuple[str, Any]]:
-    """Settings of pipeline stages that are not torchtitan's defaults, and these defaults."""
+    """Settings of pipeline stages that differ from torchtitan's defaults, with these defaults."""
     for each in fields(parallelism):
         if each.name.startswith("pipeline_") and getattr(parallelism, each.name) != each.default:
             yield each.name, each.default
@@ -98,7 +98,7 @@ def adopt_model(spec: ModelSpec | None, *, per_token: Collection[type] = ()) -> 
 
 
 def _check_parallelize(spec: ModelSpec) -> None:
-    """Refuse a function of somebody's own, in whose place ours would be called without a word."""
+    """Refuse a user's own function, which ours would silently replace."""
     function = spec.parallelize_fn
     if function in (None, parallelize_decoder) or _is_titans(function):
         return
@@ -113,14 +113,14 @@ def _check_parallelize(spec: ModelSpec) -> None:
 
 
 def _is_titans(function: Any) -> bool:
-    """Whether torchtitan has it by its name, of which a wrapper of such a function has a copy."""
+    """Whether a function is torchtitan's own: a wrapper has its name, and is another object."""
     module = getattr(function, "__module__", "")
     named = getattr(sys.modules.get(module), getattr(function, "__qualname__", ""), None)
     return module.startswith("torchtitan.") and named is function
 
 
 def replaced_parts(config: titan.Trainer.Config) -> Iterator[str]:
-    """What adopt puts in the place of torchtitan's own, one line each."""
+    """What adopt replaces of torchtitan's, one line each."""
     if isinstance(config, Trainer.Config):
         return
     yield "attention: dtcp's, carried out as --dtcp.strategy and --dtcp.layout say"

@@ -1,4 +1,4 @@
-"""One start of the ranks, among all that their launcher makes: who is in it, and who was lost.
+"""One start of the ranks, among all those of their launcher: who takes part, and who was lost.
 
 Ranks meet in the launcher's store. It outlives them, so what they write there belongs to an
 attempt: torch (2.13) keeps the addresses of dead ranks in it, and a second start would dial them.
@@ -35,12 +35,12 @@ REACH = 60.0
 """Seconds that a rank tries to reach the launcher's store, which is there before any rank."""
 
 GONE = (DistNetworkError, DistStoreError)
-"""What a store raises that cannot be reached."""
+"""What a store raises when it cannot be reached."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A rank, as others name it."""
+    """A rank, as other ranks name it in messages."""
 
     rank: int
     host: str
@@ -63,7 +63,7 @@ def agent_address() -> tuple[str, int]:
 
 
 def attempt_store(seconds: float = 10.0) -> Store:
-    """A new connection to the launcher's store, to what belongs to this attempt there.
+    """A new connection to the launcher's store, to the part of this attempt.
 
     Raises:
         DistNetworkError: it cannot be reached within that time.
@@ -74,13 +74,13 @@ def attempt_store(seconds: float = 10.0) -> Store:
 
 
 def attempt_name() -> str:
-    """What tells this start of the ranks from others of one launcher."""
+    """The name of this start of the ranks, among those of one launcher."""
     # Before ranks have met, the number of restarts is the best name there is.
     return os.environ.get(ATTEMPT) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def tell_others(text: str) -> None:
-    """Of a rank that ends before it has met the others: they are not to wait for it.
+    """Called by a rank that ends before it has met the others, so that they do not wait for it.
 
     Its launcher knows, but the launchers of other hosts do not.
     """
@@ -91,11 +91,11 @@ def tell_others(text: str) -> None:
 
 
 class AbsentRanks(ValueError):
-    """Ranks did not come; another time they may."""
+    """Some ranks did not come; on another start they may."""
 
 
 class RefusedTogether(ValueError):
-    """Ranks have met, and all of them heard why they cannot go on."""
+    """Ranks have met, and all of them know why they cannot go on."""
 
 
 class Attempt:
@@ -122,11 +122,11 @@ class Attempt:
             raise ValueError(refusal)
 
     def leave(self) -> None:
-        """Give no more signs of life: this rank has done its work."""
+        """Stop giving signs of life: this rank has done its work."""
         self._ended.set()
 
     def lost(self) -> list[Peer]:
-        """Ranks that give no sign of life any more and did not say why, after two beats."""
+        """Ranks that have stopped giving signs of life without saying why, after two beats."""
         store = attempt_store()
         store.add(f"failed/{self.rank}", 1)
         before = self._beats(store)
@@ -149,7 +149,7 @@ class Attempt:
                 if self._ended.wait(BEAT):
                     return
         except GONE:
-            # The launcher or the way to it is lost. Collectives will tell, in their time.
+            # The launcher, or the network to it, is lost. Collectives will fail in their own time.
             return
 
     def _meet(self, seconds: float, refusal: str) -> None:
@@ -174,7 +174,7 @@ class Attempt:
         os.environ["MASTER_PORT"] = str(room["port"])
 
     def _host(self, store: Store, host: str, refusal: str, seconds: float) -> dict[str, Any]:
-        """Open a store for the ranks that say hello, until each has read its own hello there."""
+        """Open a store for the ranks that say hello, and wait until each has read its own there."""
         self._store = loopback_store() if _is_loopback(host) else _open_store(host)
         room = {
             "name": uuid.uuid4().hex,
@@ -212,9 +212,9 @@ class Attempt:
             pause = min(2 * pause, 1.0)
 
     def _join(self, store: Store, me: str, deadline: float) -> dict[str, Any]:
-        """Wait for a room of rank 0's that knows this very process, and everybody else."""
+        """Wait for a room of rank 0 that lists this very process, and all others."""
         pause = 0.01
-        # Rank 0 knows who is absent, and is given the time to say so.
+        # Rank 0 knows who is absent, and gets the time to say so.
         while time.monotonic() < deadline + 5:
             self._refuse_ended()
             if store.check(["room"]):
@@ -228,7 +228,7 @@ class Attempt:
         raise _absent([0])
 
     def _refuse_ended(self) -> None:
-        """Wait no longer where a rank has ended that was to come; a new start of it may be one."""
+        """Stop waiting where a rank that was to come has ended; a new start of it waits on."""
         if not self._early.check(["ended"]):
             return
         rank, host, text = json.loads(self._early.get("ended"))
@@ -244,7 +244,7 @@ def read_hellos(texts: Sequence[str]) -> list[tuple[str, int, str]]:
     """Host, process and gloo's address of each rank.
 
     Raises:
-        RefusedTogether: naming a rank whose code says hello in another way.
+        RefusedTogether: naming a rank whose code says hello differently.
     """
     hellos = [tuple(json.loads(text)[1:]) for text in texts]
     for rank, hello in enumerate(hellos):
@@ -269,7 +269,7 @@ def _reach(host: str, port: int, seconds: float) -> TCPStore:
 
 
 def gloo_address() -> str:
-    """Where gloo listens on this host, by its own search; empty where a person has said it."""
+    """The address that gloo finds for itself on this host; empty where the user names one."""
     if os.environ.get("GLOO_SOCKET_IFNAME"):
         return ""
     with contextlib.suppress(OSError):
@@ -283,7 +283,7 @@ def gloo_address() -> str:
 
 
 def refuse_loopback(addresses: Mapping[str, str]) -> None:
-    """Refuse hosts on which gloo would listen to itself: the others would call for half an hour.
+    """Refuse hosts where gloo would listen on loopback: others would try for half an hour.
 
     Args:
         addresses: of every host by its name, as `gloo_address` finds them.
@@ -311,7 +311,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _open_store(host: str) -> TCPStore:
-    # On all addresses: which of them others come by is the network's business.
+    # On all addresses: which of them others can reach depends on the network.
     return TCPStore(host, 0, is_master=True, wait_for_workers=False)
 
 

@@ -1,9 +1,9 @@
-"""Rows of equal work: the documents of several rows dealt out among them once more.
+"""Rows of equal work: the documents of several rows are dealt out among them anew.
 
 Every rank of a step waits for the one whose rows take longest, and under a causal mask a row's
 attention grows with the squares of its documents' lengths. Documents are dealt out longest first,
-each to the row with the least work that has room for it, and what a row's border had cut is joined
-again: no more documents are cut than by rows that follow each other.
+each to the row with the least work that has room for it, and documents that a row's end had cut are
+joined again: no more documents are cut than by plain packing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,7 +40,7 @@ def work_of(lengths: Sequence[int]) -> int:
 
 
 def balanced_in_windows(rows: Iterator[Row], start: Cursor, window: int) -> Iterator[Row]:
-    """Rows from a cursor on, the documents of `window` of them at a time dealt out among these.
+    """Rows from a cursor on, the documents of each `window` of them dealt out anew among these.
 
     Rows are the same on every mesh; those of a window come by falling work, so that neighbours
     have about as much of it.
@@ -60,7 +60,7 @@ def balanced_in_windows(rows: Iterator[Row], start: Cursor, window: int) -> Iter
 
 
 def balanced_rows(rows: Sequence[Row]) -> list[Row]:
-    """As many rows of the same documents, with about the same work, by falling work."""
+    """Equally many rows of the same documents, each with about the same work, largest first."""
     seq_len = len(rows[0].tokens)
     pieces = [part for piece in _joined(rows) for part in _of_at_most(piece, seq_len)]
     held: list[list[DocumentPart]] = [[] for _ in rows]
@@ -89,7 +89,7 @@ def balanced_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 def share(rows: Sequence[Row], ranks: int) -> list[list[Row]]:
-    """Rows to as many ranks, as many to each, with about the same work: dearest rows first."""
+    """Deal rows out, equally many to each rank, with about the same work: largest first."""
     each, shares = len(rows) // ranks, [list[Row]() for _ in range(ranks)]
     work = [0] * ranks
     for row in sorted(rows, key=lambda row: -work_of(row.lengths)):

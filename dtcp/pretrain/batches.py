@@ -1,4 +1,4 @@
-"""Batches of a data loader as a rank's part of them: in the loader's thread, or on their use.
+"""A rank's part of a data loader's batches: made in the loader's thread, or when used.
 
 Labels are shifted per document already. `prepare_batch` lays a row out and picks this rank's tokens
 of it; the loader's thread does that while the step before runs. Of a batch that is used, ranks
@@ -28,7 +28,7 @@ LocalBatch = tuple[Tensor, Tensor, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Prepared:
-    """What became of a batch that was prepared ahead, and the tensors that it was made of."""
+    """A batch that was prepared ahead, or the error of it, with the tensors it was made from."""
 
     tokens: Tensor
     labels: Tensor
@@ -79,7 +79,7 @@ class BatchPreparation:
         )
 
     def ahead(self, input_dict: dict[str, Any], labels: Tensor) -> dict[str, Any]:
-        """The batch with what is made of it; for a loader's thread, `PackedDocuments.prepare`.
+        """The batch, prepared; for a loader's thread, as `PackedDocuments.prepare`.
 
         What is raised here waits for the step that uses the batch.
         """
@@ -94,7 +94,7 @@ class BatchPreparation:
         return input_dict | {"prepared": Prepared(input_dict["input"], labels, outcome)}
 
     def local(self, input_dict: dict[str, Any], labels: Tensor, device: torch.device) -> LocalBatch:
-        """What the model is called with, of a batch that was prepared ahead or was not."""
+        """What the model is called with, whether or not the batch was prepared ahead."""
         prepared = partial(self.prepared, input_dict, labels)
         if "prepared" in input_dict:
             prepared = input_dict["prepared"].outcome.result
@@ -103,7 +103,7 @@ class BatchPreparation:
 
 
 def only_prepared(input_dict: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """A batch without the whole rows, which nobody reads any more; with them where they changed."""
+    """A prepared batch without its whole rows, unless these were replaced since."""
     batch = dict(input_dict)
     prepared = batch.pop("prepared", None)
     if prepared is None or prepared.labels is not labels or prepared.tokens is not batch["input"]:
@@ -149,7 +149,7 @@ def ahead_of(
 
 
 def batch_documents(input_dict: dict[str, Any]) -> Documents:
-    """The documents of a batch: our loader names them, other loaders' positions imply them."""
+    """The documents of a batch: given by our loader, implied by other loaders' positions."""
     documents = input_dict.get("documents")
     if documents is None:
         documents = Documents.from_position_ids(input_dict["positions"].cpu())

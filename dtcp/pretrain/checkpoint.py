@@ -1,4 +1,4 @@
-"""torchtitan's checkpoints: whole or not there, read as data, and said in one line.
+"""torchtitan's checkpoints: whole or not there, read as data, and reported in one line.
 
 What is saved is the whole state (weights, optimizer, schedule, place in the data), by name and
 global shape: it loads onto any mesh. A folder is written beside, with a manifest, and renamed when
@@ -52,7 +52,7 @@ from dtcp.pretrain.staged import of_all_stages, pp_of
 
 
 class Checkpoints(CheckpointManager):
-    """CheckpointManager whose folders are whole or not there, and are never run."""
+    """CheckpointManager whose folders are whole or not there, and of which nothing is executed."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(CheckpointManager.Config):
@@ -119,7 +119,7 @@ class Checkpoints(CheckpointManager):
         return loaded
 
     def _forget_step_of_nothing(self) -> None:
-        """Let an optimizer whose run has taken no step start as a new one does.
+        """Start the optimizer of a run without a step as a new one.
 
         torchtitan takes a step of no gradient before it saves the state of a seed checkpoint, and
         AdamW counts it: its first true step would be smaller.
@@ -133,7 +133,7 @@ class Checkpoints(CheckpointManager):
         """torchtitan's load, with the optimizers' settings left as they are.
 
         Raises:
-            ValueError: the state does not fit; in one line where DCP has a traceback a rank.
+            ValueError: the state does not fit; in one line, where DCP has a traceback per rank.
         """
         settings_of_optimizers = Hyperparameters(self.states[OPTIMIZER])
         try:
@@ -179,7 +179,7 @@ class Checkpoints(CheckpointManager):
         """
         if not self._should_save(curr_step, last_step):
             return False
-        # Before the last one is through, this one must not begin.
+        # The last save must be through before this one begins.
         self.maybe_wait_for_saving()
         self._refuse_not_finite(curr_step)
         try:
@@ -199,7 +199,7 @@ class Checkpoints(CheckpointManager):
             super()._wait_for_saving()
         except CheckpointException as error:
             raise ValueError(self._explain_save(-1, error)) from error
-        # The future wakes who waits for it before it calls back.
+        # The future wakes its waiters before it runs its callbacks.
         self._announced.wait()
 
     def dcp_save(
@@ -340,7 +340,7 @@ class Checkpoints(CheckpointManager):
             say(said)
 
     def _refuse_unfit(self, manifest: Manifest) -> None:
-        """Refuse what cannot be gone on from, though it is whole."""
+        """Refuse a checkpoint that is whole and still cannot be continued from."""
         path = self.folders.path(manifest.step)
         if manifest.step > 0 and manifest.holds != "state":
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest whole one, decided by all ranks together."""
+"""Which checkpoint a run continues from: the newest whole one, the same on all ranks."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -15,12 +15,12 @@ from dtcp.pretrain.saved_folders import SavedFolders
 
 T = TypeVar("T")
 THREADS = 4
-"""That read at once; a checksum takes less time than its file takes from the disk."""
+"""How many read at once; a checksum takes less time than reading the file."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A checkpoint to go on from, and what was passed over on the way."""
+    """A checkpoint to continue from, and why newer ones were skipped."""
 
     manifest: Manifest
     skipped: tuple[str, ...] = ()
@@ -35,8 +35,8 @@ def agree(decide: Callable[[], T]) -> T:
     """What the first rank decides or does, on every rank.
 
     Raises:
-        ValueError: it could not, for want of a file or a right. On every rank alike.
-        RuntimeError: it failed for something else, in the words of the first rank.
+        ValueError: it could not, for a file or a permission is missing. On every rank alike.
+        RuntimeError: it failed otherwise, with the error of the first rank.
     """
     outcome: list[T | _Failure | None] = [None]
     cause: Exception | None = None
@@ -89,7 +89,7 @@ def choose(folders: SavedFolders, step: int, *, checksums: bool) -> Choice | Non
 
 
 def changed(folder: Path, manifest: Manifest, *, checksums: bool) -> str:
-    """What is wrong with the files of a folder by checksum, for all ranks; or nothing."""
+    """What is wrong with a folder's files, by checksum, on all ranks; empty if nothing."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     names = list(manifest.files) if checksums else small_files(manifest)
     names.sort(key=lambda name: manifest.files[name].size, reverse=True)
@@ -111,7 +111,7 @@ def verified(folder: Path, *, checksums: bool) -> Manifest | None:
     """
     if not agree((folder / NAME).exists):
         return None
-    # The first rank looks for all: ranks that saw a folder change would wait for each other.
+    # The first rank looks for all: a folder that changes meanwhile would part the ranks.
     manifest = agree(lambda: read_manifest(folder))
     problem = agree(lambda: misfit(folder, manifest))
     problem = problem or changed(folder, manifest, checksums=checksums)

@@ -1,4 +1,4 @@
-"""Whether a whole checkpoint is one of this run: its model, and its data."""
+"""Whether a whole checkpoint belongs to this run: its model, and its data."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +15,10 @@ STATES = ("optimizer", "lr_scheduler", "dataloader", "train_state")
 
 @runtime_checkable
 class Fingerprinted(Protocol):
-    """A data loader that knows its data again: its own state has what it compares when it loads."""
+    """A data loader that recognizes its data: its state has what it compares when it loads."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the data are, as JSON has it: kept in the manifest of every checkpoint."""
+        """What identifies the data, as JSON: kept in the manifest of every checkpoint."""
 
 
 def refuse_other_model(reader: SafeReader, known: Mapping[str, torch.Size], path: Path) -> None:

@@ -26,14 +26,14 @@ from dtcp.pretrain.saved_folders import SavedFolders
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """What a rank tells the first one of a file, beside torch's results."""
+    """What a rank tells the first one about a file, beside torch's results."""
 
     name: str
     record: FileRecord
 
 
 class CheckpointWriter(FileSystemWriter):
-    """FileSystemWriter that writes beside, with a manifest, and renames last.
+    """FileSystemWriter that writes into a folder beside, with a manifest, and renames it last.
 
     Args:
         name: of the folder to be, in the folder of `folders`.

@@ -1,4 +1,4 @@
-"""What a config asks for that would not be done: refused on the launcher, before ranks start."""
+"""Refuses what a config asks for and would not get: on the launcher, before ranks start."""
 
 from copy import deepcopy
 from importlib.util import find_spec
@@ -65,7 +65,7 @@ def check_settings(config: Any) -> None:
 
 
 def check_by_torchtitan(config: Any) -> None:
-    """Let torchtitan look at a copy, as its trainer does on each rank: sizes, then overrides.
+    """Let torchtitan check a copy, as its trainer does on each rank: sizes, then overrides.
 
     Raises:
         ValueError: a model that the mesh does not divide, or whose positions end before the row;
@@ -100,7 +100,7 @@ def check_by_torchtitan(config: Any) -> None:
 
 
 def check_on_ranks(config: Any, ranks: int) -> None:
-    """Refuse what so many ranks, on the machines that they are on, cannot carry out.
+    """Refuse what these ranks, on the machines that they are on, cannot carry out.
 
     Raises:
         ValueError: naming the setting, its value and what would fit.
@@ -140,7 +140,7 @@ def check_nodes(config: Any) -> None:
 
 
 def check_heads(config: Any) -> None:
-    """Refuse groups of ranks that cp does not consist of, and a tp that does not divide a model.
+    """Refuse groups of ranks that do not divide cp, and a tp that does not divide the model.
 
     Sizes that only some families split over tp are refused by their plans, on the ranks.
 
@@ -246,7 +246,7 @@ def expert_counts(model: Any) -> set[int]:
 
 
 def _loss_refusal(config: Any) -> str:
-    """A loss other than dtcp's is the person's own, but for those that cannot work."""
+    """Why torchtitan's losses that cannot work here are refused; any other is the user's own."""
     loss = config.loss
     if isinstance(loss, ChunkedLossWrapper.Config):
         why = "it calls the head itself, which a sharded model does not leave to it"
@@ -271,7 +271,7 @@ def _has_types_over_tp(parallelism: Any) -> bool:
 
 
 def _package_refusal(config: Any) -> str:
-    """Settings whose reader is missing on this machine."""
+    """Why a setting is refused for which this machine lacks a package or a device."""
     if config.metrics.enable_wandb and find_spec("wandb") is None:
         return (
             "Metrics go to Weights & Biases through its package, got metrics.enable_wandb=True "
@@ -303,7 +303,7 @@ def _package_refusal(config: Any) -> str:
 
 
 def _degree_refusal(section: Section) -> str:
-    """A degree of the hybrid strategy, for a run that has another."""
+    """Why a degree of the hybrid strategy is refused for another strategy."""
     degree = section.ulysses_degree
     if section.strategy == "hybrid" or degree == Section().ulysses_degree:
         return ""
@@ -314,7 +314,7 @@ def _degree_refusal(section: Section) -> str:
 
 
 def _model_refusal(config: Any) -> str:
-    """A decoder of torchtitan that is not adopted, or not for this mesh."""
+    """Why a decoder of torchtitan is not adopted, or not on this mesh."""
     spec, degrees = config.model_spec, config.parallelism
     if not isinstance(spec.model, Decoder.Config):
         return ""
@@ -331,7 +331,7 @@ def _model_refusal(config: Any) -> str:
 
 
 def _backend_refusal(spec: Any, degrees: Any) -> str:
-    """A decoder of torchtitan that its backend does not shard over tp or ep, or not rightly."""
+    """Why a backend does not shard a decoder of torchtitan over tp or ep, or not correctly."""
     backend, tp = degrees.spmd_backend, degrees.tensor_parallel_degree
     ep, name = degrees.expert_parallel_degree, model_name(spec.model)
     has = f"parallelism.spmd_backend={backend} with parallelism.tensor_parallel_degree={tp}"

@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Any
 
 LEFT_OUT = ("dump_folder", "checkpoint", "metrics", "profiler", "comm", "debug")
-"""Sections that change nothing of what is computed."""
+"""Sections that do not change what is computed."""
 
 PLACES = ("folder", "path", "source", "file", "csv", "prefix")
-"""What names of settings end with that say where something is, not what."""
+"""Ends of the names of settings that say where something is, not what."""
 OF_ONE_RANK = ("metrics.enable_", "metrics.save_for_all_ranks", "profiler.", "debug.print_config")
-"""What names of settings begin with that say what a rank notes, and not what ranks do together."""
+"""Starts of the names of settings that concern what one rank records, not what ranks compute."""
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-"""Of a function, say, which each process has in another place."""
+"""The address of a function, say, which differs between processes."""
 
 
 def config_record(config: Any) -> dict[str, str]:
-    """Every setting of torchtitan's config that a result hangs on by its dotted name, as text."""
+    """Every setting of a config that results depend on, by its dotted name, as text."""
     return {
         name: text
         for name, text in _settings(config).items()
@@ -27,7 +27,7 @@ def config_record(config: Any) -> dict[str, str]:
 
 
 def settings_of_ranks(config: Any) -> dict[str, str]:
-    """Every setting that all ranks of a run have alike, by its dotted name, as text."""
+    """Every setting that all ranks of a run must share, by its dotted name, as text."""
     return {
         name: text
         for name, text in _settings(config).items()

@@ -54,7 +54,7 @@ class MicroBatch(NamedTuple):
 
 
 Prepare = Callable[[dict[str, Any], Tensor], dict[str, Any]]
-"""From a batch and its labels to what a trainer is given in the batch's place."""
+"""Turns a batch and its labels into what the trainer is given in the batch's place."""
 
 
 class PackedDocuments(BaseDataLoader):
@@ -121,7 +121,7 @@ class PackedDocuments(BaseDataLoader):
         self.source = open_source(config)
         self.cursor = Cursor()
         self.last_read: tuple[str, ...] = ()
-        """First and last document of the last micro-batch, for who looks why a step failed."""
+        """First and last document of the last micro-batch, to find out why a step failed."""
         self.last_work: tuple[int, ...] = ()
         """Work of each data-parallel rank in the last micro-batch."""
         self.prepare: Prepare | None = None
@@ -137,7 +137,7 @@ class PackedDocuments(BaseDataLoader):
     def __iter__(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         started, self._prefetched = self._prefetched, None
         for each in started or Prefetcher(self._micro_batches(self.cursor)):
-            # Of the batch that is handed out: a checkpoint after its step must not repeat it.
+            # The place after the batch handed out: a checkpoint after its step must not repeat it.
             self.cursor, self.last_read, self.last_work = each.cursor, each.documents, each.work
             yield each.batch, each.labels
 
@@ -174,7 +174,7 @@ class PackedDocuments(BaseDataLoader):
         return balanced_in_windows(rows, start, window) if window else rows
 
     def fingerprint(self) -> dict[str, Any]:
-        """What makes the rows of this loader: the documents, their order, and how they are cut."""
+        """What determines the rows of this loader: the documents, their order, how they are cut."""
         if self._fingerprint is None:
             self._fingerprint = {
                 "dataset": self.config.dataset,

@@ -1,8 +1,8 @@
-"""A dry run: the whole Trainer of one rank, on a process group where nobody answers.
+"""A dry run: the whole Trainer of one rank, on a process group that no other rank joins.
 
 torchtitan's `--comm.mode fake_backend`. Model, mesh, FSDP, data, forward, backward and optimizer
-are those of a run on as many ranks as the mesh has; what others would have sent is whatever stands
-in memory, so losses and weights mean nothing, and nothing of them is kept.
+are those of a run on as many ranks as the mesh has; what others would have sent is whatever memory
+holds, so losses and weights mean nothing, and none are kept.
 """
 
 from collections.abc import Iterator
@@ -78,7 +78,7 @@ def _refusals(config: Any) -> Iterator[str]:
 
 
 def describe_dry(rank: int, world_size: int) -> str:
-    """What a dry run says of itself."""
+    """The line that a dry run prints about itself."""
     return (
         f"dry run     rank {rank} of {world_size}, and nobody answers it: losses mean nothing; no "
         f"checkpoint is read or written, nothing is validated or logged"

@@ -25,15 +25,15 @@ from dtcp.softmax.style import AttentionStyle
 
 MIB, GIB = 2**20, 2**30
 NEAR = 0.01
-"""How far counted bytes may be from expected ones, as a share, before a run says so."""
+"""By what share counted bytes may differ from expected ones before a run warns."""
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """A traced step of this rank, asked again for every batch.
+    """A traced step of this rank, evaluated again for every batch.
 
     Args:
-        memory: of the fullest moment, eager.
+        memory: at the fullest moment, eager.
     """
 
     step: TracedStep
@@ -41,11 +41,11 @@ class Expectation:
     memory: PeakMemory
 
     def received(self, metadata: BatchMetadata) -> int:
-        """Bytes over cp for one micro-batch, forward and backward: of what the host reads alone."""
+        """Bytes over cp for one micro-batch, forward and backward, from what the host knows."""
         return received_over_cp(self.step, metadata)
 
     def lines(self) -> str:
-        """What the start of a run says of a step."""
+        """What a run prints at its start about a step."""
         parts, by_axis = self.setup.micro_batches, torch_bytes(self.step, self.setup)
         over_cp = parts * self.received(self.step.sharded.attn_metadata)
         received = {"cp (rows of one document)": over_cp}
@@ -122,13 +122,13 @@ def expectation(config: Any, mesh: ParallelMesh, micro_batches: int = 1) -> Expe
     style = section.attention_style(device_type_of(mesh.cp))
     setup = setup_of(config, mesh.degrees, rows, section.sequence_layout(), style)
     setup = replace(setup, micro_batches=micro_batches)
-    with captured_warnings():  # as its plan has said already
+    with captured_warnings():  # the run's own plan has printed them
         step = trace_step(subject_of(config), mesh, setup)
     return Expectation(step, setup, peak_memory(step, setup))
 
 
 def warning(counted: float, expected: float) -> str:
-    """What is wrong where more or less was counted than expected; nothing where it is near."""
+    """A warning where more or less was counted than expected; empty where it is close."""
     if abs(counted - expected) <= NEAR * expected:
         return ""
     return (

@@ -1,4 +1,4 @@
-"""A model of dtcp's families by its config.json, in the place of a config's model."""
+"""A model of dtcp's families, by its config.json, in place of a config's model."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -41,7 +41,7 @@ def family_spec(source: str) -> ModelSpec:
 
 
 def with_weights_of(config: Any, source: str) -> Any:
-    """A config whose run starts from the weights of a folder, where the source is one.
+    """A config whose run starts from the weights of a folder, if the source is one.
 
     Raises:
         ValueError: a folder without weights; other weights named beside it.

@@ -1,4 +1,4 @@
-"""What makes a run's data, as a value that a checkpoint keeps: a resumed run reads the same.
+"""Identifies a run's data, in every checkpoint: a resumed run has to read the same.
 
 A place in the data (epoch, document, offset) means nothing in other data: documents would be read
 twice, or never. So the fingerprint is compared before the place is believed.
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 LISTED = 4096
-"""Files that a fingerprint names one by one; of more it keeps one digest."""
+"""Up to so many files a fingerprint names each; of more it keeps one digest."""
 EDGE = 4096
-"""Bytes at either end of a file that are read: one changed in its middle alone is not noticed."""
+"""Bytes read at either end of a file: a change in its middle alone goes unnoticed."""
 NAMED = 3
 """Files that an error names."""
 

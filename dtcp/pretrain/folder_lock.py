@@ -1,4 +1,4 @@
-"""One writer per folder: a lock that says who holds it, and that a dead run does not keep.
+"""One writer per folder: a lock that names its holder, and that a dead run does not keep.
 
 The lock is a file in the folder, with the holder's host and process id. Two things say that the
 holder lives: a lock of the file system (flock), which the kernel drops with the process, and a
@@ -24,7 +24,7 @@ SILENCE = 4 * BEAT
 """Seconds without a count after which a holder on another host counts as gone."""
 
 LOOKS = 5
-"""At a lock before it counts as held: another process may only be looking, too."""
+"""How often to try a lock before it counts as held: another process may just be looking."""
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 """What flock answers where a file system has no locks."""
@@ -32,7 +32,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 @dataclass
 class Holder:
-    """Who holds a folder, as the lock's file says it."""
+    """Who holds a folder, as the lock's file says."""
 
     host: str = field(default_factory=socket.gethostname)
     boot: str = field(default_factory=lambda: _boot())
@@ -161,7 +161,7 @@ def refuse_held(folder: Path) -> None:
 
 
 def holder_of(folder: Path) -> str:
-    """What names the run that holds a folder, among all that ever were; empty where none does."""
+    """A unique name of the run that holds a folder; empty if none does."""
     try:
         holder = _look(folder / NAME)
     except OSError:
@@ -195,20 +195,20 @@ def _lives(path: Path, holder: Holder, locked: bool) -> bool:
     """Whether the holder that a lock's file names is still there."""
     if holder.of_this_host() and (locked or not holder.has_process()):
         return False
-    # Locks may be missing, or not reach from host to host, and a number of a process comes again.
+    # Locks may be missing or not reach other hosts, and process ids are reused.
     return _counts(path, holder)
 
 
 def _boot() -> str:
-    """What tells two starts of a host apart, and two hosts of one name."""
+    """Tells apart two boots of a host, and two hosts of one name."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.is_file() else ""
 
 
 def _counts(path: Path, holder: Holder) -> bool:
-    """Whether the holder still counts; waits until it has, or was silent for too long.
+    """Whether the holder still counts up; waits until it has, or was silent for too long.
 
-    By the number of looks: where this process stands still for a while, so may the holder.
+    Measured in looks, not seconds: what suspends this process may suspend the holder, too.
     """
     pause = BEAT / 4
     for _ in range(round(SILENCE / pause)):

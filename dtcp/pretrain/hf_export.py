@@ -1,4 +1,4 @@
-"""Weights as transformers reads them: what torch's writer leaves out, and the config."""
+"""Completes weights for transformers: what torch's writer leaves out, and the config."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from dtcp.pretrain.manifest import sync_folder
 
 INTEGERS = "model-integers.safetensors"
-"""torch puts ranks' parts together of floats only (2.13)."""
+"""torch assembles ranks' parts of floats only (2.13)."""
 
 
 def complete_export(path: Path, adapter: Any, others: dict[str, torch.Tensor]) -> None:
@@ -32,7 +32,7 @@ def complete_export(path: Path, adapter: Any, others: dict[str, torch.Tensor]) -
 
 
 def sync_files(folder: Path) -> None:
-    """Bring files that somebody else wrote onto the disk."""
+    """Flush files that other code wrote to disk."""
     for path in folder.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())

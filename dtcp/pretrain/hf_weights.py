@@ -1,4 +1,4 @@
-"""Hugging Face weights into a model: all of its tensors, no others, each with a finite content."""
+"""Loads Hugging Face weights into a model: all of its tensors, no others, all finite."""
 
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
@@ -32,7 +32,7 @@ def read_hf_weights(
     Args:
         adapter: torchtitan's, with `to_hf` and `from_hf`.
         state: the model's tensors by its own names; they are written in place where they can be.
-        ignore: patterns of tensors that the model is to do without.
+        ignore: patterns of tensors in the folder that the model does without.
         pp: whose ranks have the tensors of other stages.
     Raises:
         ValueError: a tensor is missing, of another shape, left over, or not finite; by its name.
@@ -47,7 +47,7 @@ def read_hf_weights(
 
 
 def refuse_not_finite_weights(state: Mapping[str, Any], path: Path) -> None:
-    """Refuse weights that would be found at the first save, hours later.
+    """Refuse weights that are not finite, which the first save, hours later, would find.
 
     Raises:
         ValueError: naming the first such tensor. On every rank alike.
@@ -97,7 +97,7 @@ def _compare(
 
 
 def _is_left_out(from_hf: Callable[[StateDict], StateDict], name: str, shape: torch.Size) -> bool:
-    """Whether the family knows the name and does without, as it does without a vision tower."""
+    """Whether the family knows the name and drops it, as it drops a vision tower."""
     try:
         return not from_hf({name: torch.empty(shape, device="meta")})
     except (ValueError, LookupError, AttributeError):
@@ -105,7 +105,7 @@ def _is_left_out(from_hf: Callable[[StateDict], StateDict], name: str, shape: to
 
 
 def _repeats_embedding(path: Path, name: str, shapes: Mapping[str, torch.Size]) -> bool:
-    """Whether this is the head of a model that ties it to its embedding, and is that again."""
+    """Whether this is a tied head, a copy of the embedding."""
     twins = [other for other in shapes if other.endswith(EMBEDDING)]
     if name != HEAD or len(twins) != 1 or shapes[twins[0]] != shapes[name]:
         return False

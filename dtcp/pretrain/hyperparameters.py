@@ -1,4 +1,4 @@
-"""Settings of optimizers, which stay those of the config when a state is loaded.
+"""Optimizers' settings, which stay those of the config when a state is loaded.
 
 A state dict of an optimizer has them too (lr, betas, weight decay), and loading it would put back
 what the checkpoint was made with: "lower the learning rate and start again" would do nothing in the
@@ -16,7 +16,7 @@ NOT_SETTINGS = ("params", "param_names")
 
 
 class Hyperparameters:
-    """What the groups of some optimizers are set to, to be put back."""
+    """What the groups of some optimizers are set to, to be restored."""
 
     def __init__(self, optimizers: Iterable[Optimizer]) -> None:
         # By optimizer: loading a state gives it other groups.

@@ -34,7 +34,7 @@ from dtcp.pretrain.rendezvous import LoopbackRendezvous
 Device = Literal["auto", "cpu", "accelerator"]
 
 OF_LAUNCHER = "dtcp-launcher-"
-"""What the id of a run starts with where this launcher gave it; its process id follows."""
+"""How ids of runs begin that this launcher gave; its process id follows."""
 
 REFUSED = 78
 """The exit code of a rank whose run was refused before its first step (EX_CONFIG of sysexits.h)."""
@@ -57,15 +57,15 @@ class Ranks:
     count: int
     device: Literal["cpu", "accelerator"]
     because: str = ""
-    """What to tell the person who wished for something else."""
+    """What to tell a user who asked for something else."""
 
 
 @dataclass(frozen=True)
 class RestartPolicy:
-    """What a launcher does for ranks that end before their work is done."""
+    """What a launcher does about ranks that end before their work is done."""
 
     max_restarts: int = 0
-    """Times that ranks are started again after one has failed."""
+    """How often ranks are started again after one has failed."""
     stop_seconds: int = 120
     """How long ranks may take to save once they are to stop; then they are killed."""
 
@@ -76,7 +76,7 @@ def launched() -> bool:
 
 
 def check_named() -> None:
-    """Refuse an environment that says by half which rank this is, as some schedulers leave it.
+    """Refuse an environment that names this rank only in part, as some schedulers leave it.
 
     Raises:
         ValueError: naming the variable.
@@ -91,17 +91,17 @@ def check_named() -> None:
 
 
 def rank() -> int:
-    """Of this process among all that were launched."""
+    """This process's rank among all that were launched."""
     return int(os.environ["RANK"])
 
 
 def world_size() -> int:
-    """Processes that were launched."""
+    """How many processes were launched."""
     return int(os.environ["WORLD_SIZE"])
 
 
 def ranks_of_machine() -> int:
-    """Processes that were launched on this machine, as many as on each; 0 where nobody says."""
+    """How many processes were launched on each machine; 0 where it is not known."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
 
 
@@ -136,7 +136,7 @@ def check_world(parallelism: Parallelism, ranks: int) -> None:
 
 
 def play_one_of(parallelism: Parallelism) -> int:
-    """Become one rank of a mesh without the others, as torchtitan's fake backend reads it.
+    """Become one rank of a mesh without the others, for torchtitan's fake backend.
 
     Of NGPU ranks (without it, of those that the degrees multiply to) this is rank RANK, else 0.
 
@@ -266,7 +266,7 @@ def _attempt(
 def _exit_code(number: int, failure: ProcessFailure) -> int:
     if failure.exitcode >= 0:
         return failure.exitcode
-    # A killed rank had no chance to speak.
+    # A killed rank could not report it.
     _warn(f"error: rank {number} was killed by {signal.Signals(-failure.exitcode).name}.")
     return 1
 
@@ -290,8 +290,8 @@ class Agent(LocalElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         if isinstance(worker_group.spec.entrypoint, str):
             return super()._start_workers(worker_group)
-        # A forked rank hears nothing before it has handlers of its own: those of this process
-        # would raise in it, where it has hardly begun.
+        # A forked rank gets no signal before it has handlers of its own: those of this process
+        # would raise in a rank that has hardly begun.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, handled_signals())
         try:
             started = super()._start_workers(worker_group)
@@ -308,7 +308,7 @@ class Agent(LocalElasticAgent):
     def _shutdown(
         self, death_sig: signal.Signals = signal.SIGTERM, timeout: int | None = None
     ) -> None:
-        # Again, where a second signal has cut the first wait short: it is not to wait any longer.
+        # Called again where a second signal cut the first wait short: do not wait any longer.
         death_sig = signal.SIGKILL if self._is_closing else death_sig
         self._is_closing = True
         end_ranks(self, death_sig, self.stop_seconds)
@@ -332,7 +332,7 @@ def of_this_launcher() -> bool:
 
 
 def end_with_launcher() -> None:
-    """Of a rank that some agent started as a process: not to outlive that agent."""
+    """Called by a rank that an agent started as a process, so as not to outlive the agent."""
     run = os.environ.get("TORCHELASTIC_RUN_ID", "")
     if of_this_launcher():
         # It may be gone before a rank has imported this.
@@ -344,7 +344,7 @@ def end_with_launcher() -> None:
 def _forked_rank(work: Callable[[], int], threads: int | None, launcher: int, gate: Gate) -> None:
     # A terminal's Ctrl-C reaches the launcher, which tells the ranks.
     os.setpgid(0, 0)
-    # The agent's settings came along with the fork. A rank that has to end says nothing.
+    # Undo the agent's settings, which the fork copied. A rank that has to end says nothing.
     logging.disable(logging.NOTSET)
     for number in handled_signals():
         signal.signal(number, signal.SIG_DFL)
@@ -361,12 +361,12 @@ def _forked_rank(work: Callable[[], int], threads: int | None, launcher: int, ga
 
 
 def _prepare_environment(ranks: Ranks) -> int | None:
-    """Set what the ranks inherit. A choice of the person who starts the run is left alone.
+    """Set what the ranks inherit. What the user has chosen is left alone.
 
     Returns:
-        the threads of a rank, where that person did not choose.
+        the threads of each rank, if the user did not choose them.
     """
-    # The agent would heed what nohup makes a process ignore.
+    # The agent would handle signals that nohup makes a process ignore.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(each.name for each in handled_signals())
     # Ranks of one machine have nothing to say to others.
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")

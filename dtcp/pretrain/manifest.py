@@ -1,8 +1,8 @@
-"""What a saved folder says of itself: step, run, settings, data, and every file with its checksum.
+"""What a saved folder says about itself: step, run, settings, data, and checksums of all files.
 
-A manifest is written after all files are on disk, so a folder that has none is not whole. It tells
-a file that was cut, changed, or put there from another save; it does not tell a forger, who can
-write a manifest as well: that nothing of a folder is run does not depend on it.
+A manifest is written after all files are on disk, so a folder without one is not whole. It detects
+files that were cut, changed, or taken from another save; it does not detect a forger, who can write
+a manifest as well: that nothing in a folder is executed does not depend on it.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ NAME = "manifest.json"
 FORMAT = 1
 BLOCK = 1 << 20
 SMALL = 1 << 24
-"""Bytes up to which a file's checksum is compared even where checksums are switched off."""
+"""Bytes up to which a file's checksum is compared even if checksums are switched off."""
 
 Holds = Literal["state", "weights", "huggingface"]
 
@@ -70,7 +70,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder.
 
     Raises:
-        ValueError: there is none, or it was changed; the text is for the middle of a sentence.
+        ValueError: there is none, or it was changed; worded for the middle of a sentence.
     """
     if not (folder / NAME).exists():
         raise ValueError(f"{folder / NAME} is missing: its save was cut short, or not ours")
@@ -98,7 +98,7 @@ def checksum(path: Path) -> str:
 
 
 def record_files(folder: Path, *suffixes: str) -> dict[str, FileRecord]:
-    """Files of a folder that somebody else's code wrote, read once more; by name's end, or all."""
+    """Records of files that other code wrote, read again for it; by suffix, or all of a folder."""
     paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != NAME)
     return {
         path.name: FileRecord(path.stat().st_size, checksum(path))
@@ -137,7 +137,7 @@ def small_files(manifest: Manifest) -> list[str]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder onto the disk, where its file system can."""
+    """Flush the names in a folder to disk, where its file system can."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         # Some network file systems have no such call for folders: names are there after a rename.

@@ -50,7 +50,7 @@ Everything in config {config} can be changed; words may be joined by - or by _:
 
 
 class OptionParser(ConfigManager):
-    """torchtitan's parser; the options of its own configs have our section too."""
+    """torchtitan's parser; configs of its own get our section as well."""
 
     def _load_config(self, args: list[str]) -> tuple[Trainer.Config, list[str]]:
         try:
@@ -201,7 +201,7 @@ def _take(arguments: list[str], option: str, default: str) -> tuple[str, list[st
 
 
 def _listed(module: str) -> str:
-    """The names of a registry, for a person who asks for help; torchtitan's are too many."""
+    """The names of a registry, for --help; torchtitan has too many to list."""
     if module in _supported_models | _supported_experiments:
         return ""
     names = textwrap.wrap(", ".join(config_names(_import_registry(module))), 74)
@@ -238,7 +238,7 @@ def _is_config(value: Any) -> bool:
 
 
 def _check_titans_registry(module: str) -> None:
-    """Name the package that a registry of torchtitan's own needs, which torchtitan does not."""
+    """Name the missing package that a registry of torchtitan needs beside torchtitan."""
     for parent in ("torchtitan.models", "torchtitan.experiments"):
         try:
             importlib.import_module(f"{parent}.{module}.config_registry")
@@ -252,7 +252,7 @@ def _check_titans_registry(module: str) -> None:
 
 
 def _import_registry(module: str) -> ModuleType:
-    # No name, or one that is relative to nothing, is none to Python either.
+    # Python cannot import an empty name, nor a relative one from here.
     named = bool(module) and not module.startswith(".")
     for candidate in (f"{module}.config_registry", module) if named else ():
         try:

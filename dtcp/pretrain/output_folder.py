@@ -1,4 +1,4 @@
-"""Whether a run can write what it is going to, checked before any rank starts."""
+"""Checks, before any rank starts, that a run can write what it is going to write."""
 
 import contextlib
 import os
@@ -68,7 +68,7 @@ def _try(folder: Path, config: Any, *, room: bool) -> None:
             if room:
                 _check_room(folder, config)
         except FileNotFoundError:
-            # Ranks that torchrun starts do this side by side: one has removed what it had made.
+            # torchrun's ranks do this side by side: another one has removed what it had made.
             if attempt == TRIES - 1:
                 raise
         else:

@@ -1,4 +1,4 @@
-"""Documents to rows of S tokens: one stream, in time and memory linear in what it reads.
+"""Packs documents into rows of S tokens: one stream, linear in what it reads.
 
 A document's ids come in pieces (`Tokenizer.pieces`), and what a row takes of them is copied once.
 Documents are read ahead, some at a time, for a tokenizer that takes many at once on all cores:
@@ -40,7 +40,7 @@ class Row:
     filled: int = 0
     lengths: list[int] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
-    """Which each of its documents is, and where that stands."""
+    """The number and place of each of its documents."""
     next: Cursor = Cursor()
     """Where the row after this one starts."""
 
@@ -57,7 +57,7 @@ class Row:
         return count
 
     def end_document(self, length: int, name: str) -> None:
-        """The tokens taken last, so many, were of one document."""
+        """The last `length` tokens taken were of one document."""
         self.lengths.append(length)
         self.names.append(name)
 
@@ -132,7 +132,7 @@ def _tokenized(
 
 
 def _read_ahead(documents: Iterator[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:
-    """Documents in groups, of more each time: the first row waits for few."""
+    """Documents in growing groups, so that the first row waits for few."""
     group: list[tuple[int, Document]] = []
     characters, room = 0, 1
     try:
@@ -143,7 +143,7 @@ def _read_ahead(documents: Iterator[tuple[int, Document]]) -> Iterator[list[tupl
                 yield group
                 group, characters, room = [], 0, min(2 * room, AHEAD)
     except DataError:
-        # What was read before it is in rows first, as if nothing were read ahead.
+        # Documents before the error go into rows first, as if nothing were read ahead.
         if group:
             yield group
         raise
@@ -175,7 +175,7 @@ def _pairs(pieces: Iterator[Ids], skipped: int, called: str) -> Iterator[tuple[I
 
 
 def _refuse_nothing(documents: int, tokens: int, resumed: bool, name: str) -> None:
-    """An epoch without a token would be followed by others like it, forever."""
+    """Refuse an epoch without a token, which others would follow forever."""
     if not documents:
         raise DataError(
             f"A data source has documents, got none from {name}: name another "

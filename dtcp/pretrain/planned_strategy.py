@@ -1,4 +1,4 @@
-"""What --dtcp.strategy auto and --dtcp.layout auto mean for a run: the planner's choice.
+"""Resolves --dtcp.strategy auto and --dtcp.layout auto by the planner's choice.
 
 It is made before the model is, from the config, the mesh and the first rows of the data, and by
 rank 0 for all ranks.
@@ -31,7 +31,7 @@ from dtcp.softmax.style import AttentionStyle
 
 @dataclass(frozen=True)
 class PlannedStrategy:
-    """What the planner takes, by the names of the section, and what is said of it."""
+    """What the planner chose, in the terms of the section, and the lines that report it."""
 
     strategy: StrategyName
     ulysses_degree: int
@@ -80,7 +80,7 @@ def _of_rank_0(config: Any, ranks: int) -> PlannedStrategy:
 
 
 def _said_or_why_not(config: Any, ranks: int) -> tuple[str, Exception | None]:
-    """The planner's choice as JSON, or what it fails for; others wait for either."""
+    """The planner's choice as JSON, or why it failed; others wait for either."""
     try:
         return json.dumps(asdict(plan_strategy(config, ranks))), None
     except (ValueError, TypeError) as error:
@@ -97,7 +97,7 @@ def _said_or_why_not(config: Any, ranks: int) -> tuple[str, Exception | None]:
 
 
 def plan_strategy(config: Any, ranks: int) -> PlannedStrategy:
-    """Forecast what is open, strategies first, and take what the planner ranks first.
+    """Forecast what is left open, strategies first, and take what ranks first.
 
     Raises:
         ValueError: a model that the planner does not know, or that takes none of them.

@@ -12,8 +12,8 @@ VALIDATION = "validation_metrics/loss"
 def read_losses(folder: Path, tag: str) -> dict[int, float]:
     """Loss by step over all starts of a run, as each step was last.
 
-    A start that went back leaves nothing behind of what was logged from its first step on: those
-    steps belong to a way that the run did not go.
+    A start that went back to an earlier step replaces what was logged from there on: those steps
+    are no longer part of the run.
     """
     # A second to import; only rank 0 ever reads.
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -8,15 +8,15 @@ from typing import TypeVar
 
 T = TypeVar("T")
 Made = tuple[list[T], BaseException | None]
-"""What became of a request: an item, or none and an error, or neither at the end."""
+"""The answer to a request: an item, or an error, or neither at the end."""
 
 
 class Prefetcher(Iterator[T]):
     """The items of an iterable, each made in a thread while the one before it is used.
 
     What the iterable raises is raised where its item would have come, and nothing follows. It is
-    read one item further than it was asked for: a place in it is to be kept with each item. One
-    thread makes all items, so that torch keeps the threads that it computes with.
+    read one item further than was asked for, so keep a position in it with each item. One thread
+    makes all items, so that torch keeps the threads that it computes with.
     """
 
     def __init__(self, items: Iterable[T]) -> None:

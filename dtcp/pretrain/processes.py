@@ -1,4 +1,4 @@
-"""Ranks and their launcher: they begin together, and end with it, whatever ends it."""
+"""Ranks begin together, and end with their launcher, whatever ends it."""
 
 import ctypes
 import os
@@ -15,8 +15,8 @@ POLL_SECONDS = 1.0
 def die_with(parent: int) -> None:
     """Be killed as soon as the process `parent`, which started this one, is gone.
 
-    A launcher that is killed by SIGKILL can tell nobody. Linux tells its children by itself;
-    elsewhere a thread looks once a second.
+    A launcher that is killed by SIGKILL can notify nobody. Linux signals its children; elsewhere a
+    thread checks once a second.
 
     Args:
         parent: its process id, known before this process could miss its end.
@@ -27,7 +27,7 @@ def die_with(parent: int) -> None:
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) was refused")
     else:
         threading.Thread(target=_watch, args=(parent,), daemon=True).start()
-    # It may have ended before anybody was asked to tell.
+    # It may have ended before this was set up.
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run: its shape at the start, then one line per step."""
+"""What a run prints: its shape at the start, then one line per step."""
 
 import contextlib
 import logging
@@ -50,7 +50,7 @@ EXPECTED = (
 
 
 def quiet(rank: int) -> None:
-    """Let libraries speak from warnings on, on rank 0 only, and without what is expected."""
+    """Show only warnings of libraries, on rank 0 alone, and without expected ones."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
     handler.addFilter(lambda record: not any(x in record.getMessage() for x in EXPECTED))
@@ -259,7 +259,7 @@ def _bytes(count: float) -> str:
 
 
 def describe_device() -> str:
-    """What the ranks run on, and over which backend."""
+    """The devices and the backend of the ranks."""
     backend = dist.get_backend()
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return f"{dist.get_world_size()} ranks on {kind} over {backend}"
@@ -267,7 +267,7 @@ def describe_device() -> str:
 
 @dataclass(frozen=True)
 class _StageSize:
-    """What is said of a stage, or of a model without stages."""
+    """What is printed about a stage, or a model without stages."""
 
     parameters: int
     layers: int

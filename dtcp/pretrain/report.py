@@ -1,6 +1,6 @@
-"""What a run says when it fails: once, in one line, whichever ranks fail.
+"""Reports a failure of a run once, in one line, whichever ranks fail.
 
-A rank with an error of its own says it at once. A rank that only lost another one waits until it
+A rank with an error of its own reports it at once. A rank that only lost another one waits until it
 is known whether that rank said why, and names it if it did not.
 """
 
@@ -46,13 +46,13 @@ OF_PEERS = (DistBackendError, DistNetworkError, DistStoreError)
 """What torch raises when another rank is gone."""
 
 OF_GLOO = ("gloo/", "closed by peer", "reset by peer", "Timed out waiting", "pair closure")
-"""gloo says so in the text of a RuntimeError."""
+"""How gloo says the same, in the text of a RuntimeError."""
 
 A_FAILURE = "a failure"
-"""Said by the first rank that reports an error of its own."""
+"""Claimed by the first rank that reports an error of its own."""
 
 TELLING = 10.0
-"""Seconds that a rank waits for another one to say what both know."""
+"""Seconds that a rank waits for another one to print what both know."""
 
 
 @contextlib.contextmanager
@@ -102,7 +102,7 @@ def _digest(text: str) -> str:
 
 
 def was_said(text: str) -> bool:
-    """Whether some rank of this attempt has reported this text; one that is about to is let."""
+    """Whether some rank of this attempt has reported this text; waits for one that is about to."""
     if not has_agent_store() or not attempt_store().add(f"said/{_digest(text)}", 0):
         return False
     with said_once(text):  # as one of those that are not the first

@@ -168,7 +168,7 @@ def train(config: Trainer.Config, lock: FolderLock | None, report: FailureReport
 
 
 def _what_next(config: Trainer.Config) -> str:
-    """How to go on from a run that is done, and where all of its numbers are."""
+    """How to continue a finished run, and where to see its numbers."""
     ways = []
     checkpoint = config.checkpoint
     # The weights alone are no state to go on from.

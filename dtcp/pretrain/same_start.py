@@ -1,8 +1,8 @@
-"""Whether all ranks were started alike: by one config and one code, on the same data and folder.
+"""Checks that all ranks were started alike: one config, one code, the same data and folder.
 
-Ranks of other hosts read other command lines, files and copies of the data. A learning rate or a
-seed of its own gives a run that nobody asked for, and its loss looks well; a number of steps or an
-interval of its own leaves the others waiting.
+Ranks of other hosts read other command lines, files and copies of the data. A rank with another
+learning rate or seed gives a run that nobody asked for, whose loss looks fine; one with another
+number of steps or interval leaves the others waiting.
 """
 
 import contextlib
@@ -50,8 +50,8 @@ def refuse_other_settings(config: Any) -> None:
 def refuse_other_data(fingerprint: dict[str, Any]) -> None:
     """Refuse, on all ranks, that one of them has other data than rank 0.
 
-    Every rank packs every row and keeps its own: of other data it would keep rows that others
-    have, too, or that nobody misses.
+    Every rank packs every row and keeps its own: from other data, some rows would be trained on
+    twice and others never.
 
     Raises:
         ValueError: naming rank and what differs.
@@ -62,7 +62,7 @@ def refuse_other_data(fingerprint: dict[str, Any]) -> None:
 def refuse_other_nodes(parallelism: Any, ranks_per_node: int) -> None:
     """Refuse, on all ranks, machines with unequal numbers of ranks where exchanges have two tiers.
 
-    Their groups hang on the number: ranks would wait for each other while they make them.
+    Process groups depend on the number: ranks would hang while they make them.
 
     Args:
         parallelism: torchtitan's section.
@@ -79,7 +79,7 @@ def refuse_other_nodes(parallelism: Any, ranks_per_node: int) -> None:
 
 
 def refuse_other_code() -> None:
-    """Refuse, on all ranks, that one of them runs other code than rank 0: a checkout left behind.
+    """Refuse, on all ranks, that one of them runs other code than rank 0, as of a stale checkout.
 
     Raises:
         ValueError: naming rank and package.
@@ -121,8 +121,8 @@ def refuse_other_weights(folder: Path) -> None:
 def refuse_other_folder(folder: Path) -> None:
     """Refuse, on all ranks, that one of them would save into another folder than rank 0's.
 
-    Rank 0 holds the folder, by a file that the others are to see. At the first save it would be
-    too late; and who finds checkpoints in a folder of its own would go on from other ones.
+    Rank 0 locks the folder with a file that the others must see. At the first save it would be too
+    late; and a rank that finds checkpoints in another folder would continue from those.
 
     Raises:
         ValueError: naming rank and host.
@@ -146,7 +146,7 @@ def refuse_other_folder(folder: Path) -> None:
 
 
 def _placeless(fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """A fingerprint without the folder of its files, and what was noted of their download."""
+    """A fingerprint without the folder of its files, and without traces of their download."""
     files = fingerprint.get("files")
     if not files:
         return fingerprint

@@ -1,4 +1,4 @@
-"""Folders of a run that are made visible in one rename, and removed in one.
+"""Folders of a run that appear in one rename, and disappear in one.
 
     checkpoint/step-6                 a whole checkpoint; `step-6.bak` and the like are not ours
     checkpoint/.saving/step-6.1f2e    one that is being written, or whose save was cut short
@@ -60,11 +60,11 @@ class SavedFolders:
         return manifest
 
     def whole(self) -> list[int]:
-        """Steps that can be gone on from, but for checksums; ascending."""
+        """Steps that a run can continue from, as far as sizes tell; ascending."""
         return [step for step in self.steps() if self._is_whole(step)]
 
     def remove(self, steps: Sequence[int]) -> list[Path]:
-        """Hide checkpoints of ours; what is returned can be deleted at leisure."""
+        """Hide checkpoints of ours; the paths returned can be deleted at leisure."""
         paths = [self.path(step) for step in steps]
         # A link is the work of a person, and so is what it leads to.
         return [self._hide(x, read_manifest(x).save) for x in paths if not x.is_symlink()]
@@ -86,17 +86,17 @@ class SavedFolders:
         return aside
 
     def clear(self) -> None:
-        """Delete what saves and deletions left that were cut short."""
+        """Delete what interrupted saves and deletions have left."""
         for folder in (self.root / SAVING, self.root / REMOVING):
             for path in folder.iterdir() if folder.is_dir() else ():
                 if PASSING.fullmatch(path.name) and not path.is_symlink():
                     shutil.rmtree(path, ignore_errors=True)
 
     def publish(self, staging: Path, final: Path) -> str:
-        """Make a folder visible that is written and synced; one of its name makes way for it.
+        """Make a written and synced folder visible; one of the same name makes way.
 
         Returns:
-            what became of a folder of that name that is not ours; nothing otherwise.
+            what became of a folder of that name that is not ours; empty otherwise.
         """
         said, hidden = "", None
         if os.path.lexists(final):

@@ -10,7 +10,7 @@ from torchtitan.config import ParallelismConfig
 
 
 def check_counts(config: Any) -> None:
-    """Refuse counts that no run can have, and batches that the mesh does not divide.
+    """Refuse counts that no run can have, and batches that do not divide over the mesh.
 
     Raises:
         ValueError: naming the setting, its value and what would work.
@@ -64,7 +64,7 @@ def _counts(config: Any) -> Iterator[tuple[str, float, float]]:
 
 
 def check_whole_parts(training: Any, replicas: int) -> int:
-    """Refuse a step that is not made of whole parts, each with rows of every replica.
+    """Refuse a step that is not made of whole micro-batches with rows of every replica.
 
     Returns:
         the rows of a part, on all ranks.
@@ -81,7 +81,7 @@ def check_whole_parts(training: Any, replicas: int) -> int:
 
 
 def _check_seq_len(seq_len: int, parallelism: ParallelismConfig) -> None:
-    """torchtitan cuts a row into two parts per cp rank, and each for sequence parallelism."""
+    """torchtitan cuts a row into two parts per cp rank, and these again for sequence parallelism."""
     cp, tp = parallelism.context_parallel_degree, parallelism.tensor_parallel_degree
     parts = (tp if parallelism.enable_sequence_parallel else 1) * (2 * cp if cp > 1 else 1)
     if parts > 0 and seq_len % parts:
@@ -93,7 +93,7 @@ def _check_seq_len(seq_len: int, parallelism: ParallelismConfig) -> None:
 
 
 def check_optimizer(config: Any) -> None:
-    """Refuse NaN, infinity and what cannot be stepped by, and a schedule that ends too early.
+    """Refuse numbers that are not finite or cannot be stepped by, and a schedule that ends early.
 
     Raises:
         ValueError: naming the parameter.
@@ -121,7 +121,7 @@ def check_optimizer(config: Any) -> None:
 
 
 def _check_schedule(schedule: Any, steps: int) -> None:
-    """Refuse parts that are none: torchtitan would take a learning rate below zero, or no end."""
+    """Refuse ratios outside of 0 to 1: learning rates would fall below zero, or never decay."""
     for name in ("decay_ratio", "min_lr_factor"):
         value = getattr(schedule, name)
         if value is not None and not 0 <= value <= 1:
@@ -139,7 +139,7 @@ def _check_schedule(schedule: Any, steps: int) -> None:
 
 
 def check_profiler(profiler: Any) -> None:
-    """Refuse a cycle of the profiler that its own steps do not fit into.
+    """Refuse a profiler cycle that is shorter than its warmup and active steps.
 
     Raises:
         ValueError: naming the steps.

@@ -39,7 +39,7 @@ class Source(Protocol):
         """Every document of the source once, in this epoch's order."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """What makes the documents and their order, by name, as JSON holds it."""
+        """What determines the documents and their order, by name, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _is_entered(folder: Path, entered: list[Path]) -> bool:
-    """Whether a folder is walked through here: no link to what is walked through elsewhere.
+    """Whether to walk through a folder here: not if it is a link to one that is walked elsewhere.
 
     Args:
         entered: the root and what links led to so far; gets one more.
@@ -313,7 +313,7 @@ def _is_entered(folder: Path, entered: list[Path]) -> bool:
 
 
 def _refuse_unreadable(files: Collection[Path]) -> None:
-    """Refuse names of texts that no text is behind: they would be left out without a word."""
+    """Refuse names of texts that are not files: they would be silently left out."""
     for path in files:
         if not path.is_file():
             what = f"a link to {os.readlink(path)}" if path.is_symlink() else "no regular file"

@@ -1,4 +1,4 @@
-"""A run over pipeline stages: what is refused of it, and what all stages know of one."""
+"""Runs over pipeline stages: what is refused, and what stages tell each other."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -125,7 +125,7 @@ def _check_micro_batches(training: Any, degrees: Any, stages: int) -> None:
 
 
 def loss_of_stages(losses: Sequence[Tensor], pp: DeviceMesh | None, device: Any) -> Tensor:
-    """The sum of what the last stage has, on the ranks of all, which know no dtype of it."""
+    """The sum of the last stage's losses, on all stages, whatever their dtype is there."""
     own = torch.stack(list(losses)).sum() if losses else torch.zeros(())
     total = own.detach().to(device=device, dtype=torch.float64)
     if pp is not None:
@@ -134,7 +134,7 @@ def loss_of_stages(losses: Sequence[Tensor], pp: DeviceMesh | None, device: Any)
 
 
 def largest_of_stages(own: float | None, pp: DeviceMesh | None) -> float | None:
-    """The largest of all stages, some of which may have none."""
+    """The largest value of all stages, some of which may have none."""
     if pp is None:
         return own
     found = torch.tensor(-math.inf if own is None else own, device=pp.device_type)
@@ -143,13 +143,13 @@ def largest_of_stages(own: float | None, pp: DeviceMesh | None) -> float | None:
 
 
 def pp_of(trainer: Any) -> DeviceMesh | None:
-    """The axis whose ranks have other stages of a trainer's model."""
+    """The axis along which ranks have different stages of a trainer's model."""
     axis: DeviceMesh | None = trainer.parallel_dims.get_optional_mesh("pp")
     return axis
 
 
 def of_all_stages(own: Mapping[str, T], pp: DeviceMesh | None) -> dict[str, T]:
-    """The entries that ranks of pp have, of stages that are alike for their other ranks."""
+    """The entries of all ranks of pp; a stage has the same ones on its other ranks."""
     if pp is None:
         return dict(own)
     found: list[Any] = [None] * pp.size()

@@ -46,7 +46,7 @@ def check_start(config: Any) -> None:
 
 
 def _check_tokenizer(config: Any) -> None:
-    """Refuse the tokenizer of bytes for weights that know another's ids: no number would tell."""
+    """Refuse the tokenizer of bytes for weights of another tokenizer: no number would show it."""
     tokenizer, source = config.tokenizer, getattr(config.model_spec.model, "source", "")
     start = config.checkpoint
     loaded = start.initial_load_path if start.enable and start.initial_load_in_hf else ""

@@ -16,7 +16,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
-    """What this rank was asked, and what the ranks agreed on.
+    """Signals that this rank received, and what the ranks have agreed on.
 
     A signal may reach one rank alone, and none in the same step, so ranks tell each other before
     every step: 4 bytes, summed up on the host while the step before it runs.
@@ -27,9 +27,9 @@ class StopRequest:
 
     def __init__(self, timeout: timedelta) -> None:
         self.signal = 0
-        """The number of the signal that all ranks stop for; 0 as long as there is none."""
+        """The signal that all ranks stop for; 0 as long as there is none."""
         self.received = 0
-        """The number of the signal that this rank was sent; 0 as long as there was none."""
+        """The signal that this rank received; 0 as long as there was none."""
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._work: dist.Work | None = None
         # On an accelerator's own group the host would have to wait for the device.
@@ -44,7 +44,7 @@ class StopRequest:
     def agreed(self) -> bool:
         """Whether to stop here; called by every rank before every step.
 
-        What a rank hears while a step runs is known to all after the next one.
+        A signal that one rank receives during a step is known to all after the next one.
         """
         self.settle()
         if not self.signal:
@@ -64,7 +64,7 @@ class StopRequest:
     def asked_of_all(self) -> Iterator[None]:
         """Inside, a peer that is gone once this rank was asked to stop is no failure.
 
-        It was asked, too, and had not begun to listen: it ended at once, and nothing is lost.
+        The peer was asked as well, before it had a handler, and ended at once: nothing is lost.
         """
         try:
             yield
@@ -74,7 +74,7 @@ class StopRequest:
             raise
 
     def close(self) -> None:
-        """Leave signals to whom they were left before."""
+        """Restore the handlers that signals had before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -1,7 +1,7 @@
-"""Options that are named below a switch that is off: refused, for nothing would read them.
+"""Refuses options of the command line under a switch that is off: nothing would read them.
 
-A config may have values ready for what it leaves off. What a person names on the command line is
-meant for this run.
+A config may keep values for what it leaves off. What a user names on the command line is meant for
+this run.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -43,12 +43,13 @@ BELOW: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("debug.deterministic",): ("debug.deterministic_warn_only",),
     ("comm.trace_buf_size",): ("comm.save_traces_folder", "comm.save_traces_file_prefix"),
 }
-"""By switches, of which one is enough, what only they let a run read; a dot stands for a section.
+"""By switches, any of which is enough: settings that are only read with one of them on.
 
-A switch that lets it when it is off has `no_` in its name, as on the command line."""
+A trailing dot stands for a section; `no_` in the name of a switch, as on the command line, for one
+that has to be off."""
 
 ON_BY_DEFAULT = ("lr_scheduler.decay_ratio",)
-"""Numbers whose None is no zero."""
+"""Numbers that are on when they are None."""
 
 
 def check_switched_on(config: Any, named: Collection[str]) -> None:

@@ -11,12 +11,12 @@ SHOWN = 40  # characters of a broken line that an error repeats
 
 
 class DataError(ValueError):
-    """Data that cannot be read as what they should be; the text says where they stand."""
+    """Data that cannot be read as expected; the text says where they are."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text, and where it comes from: a file and a line of it, or a row of a dataset."""
+    """A text, and where it comes from: a line of a file, or a row of a dataset."""
 
     text: str
     place: str

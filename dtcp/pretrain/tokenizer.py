@@ -91,13 +91,13 @@ class Tokenizer(BaseTokenizer):
         return self.inner.get_vocab_size()
 
     def largest_id(self) -> int:
-        """Of all ids that it gives; where some are not used, it is not their number less one."""
+        """The largest id that it gives; more than their number less one where some are unused."""
         if isinstance(self.inner, ByteTokenizer):
             return EOS
         return max(self.inner.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def fingerprint(self) -> str:
-        """What tells this tokenizer from another one."""
+        """What distinguishes this tokenizer from another one."""
         if not self.folder:
             return "bytes"
         content = hashlib.sha256()
@@ -107,7 +107,7 @@ class Tokenizer(BaseTokenizer):
         return content.hexdigest()[:16]
 
     def _marked(self, ids: list[int]) -> Ids:
-        """The ids that `encode` makes of those of the library, which may have its marks."""
+        """The ids that `encode` gives, from the library's, which may have marks already."""
         inner = self.inner
         first = [] if inner.hf_adds_bos or inner.bos_id is None else [inner.bos_id]
         last = [] if inner.hf_adds_eos or inner.eos_id is None else [inner.eos_id]
@@ -170,7 +170,7 @@ def _from_folder(folder: str) -> HuggingFaceTokenizer:
     # with the folder's name.
     except Exception as error:
         raise _broken(Path(folder), error) from error
-    # Such settings are for batches of a model that reads short texts.
+    # Such settings are for models that read batches of short texts.
     tokenizer.tokenizer.no_truncation()
     tokenizer.tokenizer.no_padding()
     return tokenizer

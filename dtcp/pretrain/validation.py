@@ -35,7 +35,7 @@ class OpenedLoader:
 
 @dataclass(frozen=True)
 class _ForwardStages:
-    """A schedule as torchtitan's Validator calls it: who asks gets the losses."""
+    """A schedule as torchtitan's Validator calls it: every stage gets the losses."""
 
     schedule: Any
     parts: Sequence[nn.Module]
@@ -101,7 +101,7 @@ class Validation(Validator):
         return self.preparation.local(input_dict, labels, labels.device)
 
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
-        """torchtitan's, which divides by the number of tokens (0.3.0): the loss of none is 0.
+        """torchtitan's, which divides by the number of tokens (0.3.0); without any, the loss is 0.
 
         Raises:
             ValueError: stages, and fewer rows in all than a step of their schedule takes.

@@ -55,7 +55,7 @@ def validated_on_the_same(config: Any, before: Any, named: Collection[str]) -> A
 
 
 def _holds_out(loader: PackedDocuments.Config) -> bool:
-    """Whether data have documents for a validation, as far as this machine's disk tells."""
+    """Whether data have documents for validation, as far as this machine's disk shows."""
     # What cannot be read is refused by the check of the config.
     with suppress(ValueError):
         source = open_source(loader)
@@ -65,7 +65,7 @@ def _holds_out(loader: PackedDocuments.Config) -> bool:
 
 
 def describe_validation(config: Any) -> str:
-    """Data of a validation that are others than those of training, or why there is none."""
+    """The validation's data, if they are not training's; or why there is no validation."""
     loader, own = config.dataloader, getattr(config.validator, "dataloader", None)
     data, held_out = (
         [getattr(each, name, None) for name in ("dataset", "dataset_path")]

@@ -1,4 +1,4 @@
-"""Settings that another one leaves without effect: refused, for nothing is accepted and ignored."""
+"""Refuses settings that another one leaves without effect: none is accepted and ignored."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
@@ -36,7 +36,7 @@ UNREAD: Mapping[str, tuple[str, ...]] = {
     "stdlib": ("dataset_path", "split", "text_key", "replace_invalid"),
     "folder": ("split",),
 }
-"""Of a loader, by its dataset: what is not read. A dataset of Hugging Face has all but bytes."""
+"""Settings of a loader that its dataset does not read; one of Hugging Face only ignores bytes."""
 UNREAD_OF_HUB = ("replace_invalid",)
 
 
@@ -158,7 +158,7 @@ def _of_validation(validator: Any) -> Iterator[str]:
 
 
 def _of_held_out(loader: Any, own: Any) -> Iterator[str]:
-    """A validation of documents that are held out, which training reads all the same."""
+    """Validation on held-out documents that training reads all the same."""
     if not all(isinstance(each, PackedDocuments.Config) for each in (loader, own)):
         return
     if (loader.dataset, loader.dataset_path, "validation") != (
@@ -216,7 +216,7 @@ def _named(section: Any, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
 
 
 def check_started_elsewhere(section: Section, *, accelerated: bool) -> None:
-    """Refuse what train.py does where it starts its ranks itself, of ranks that others started.
+    """Refuse, for ranks that others started, what train.py does only for ranks of its own.
 
     Args:
         accelerated: whether these ranks run on accelerators.
