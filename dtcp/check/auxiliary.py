@@ -1,4 +1,4 @@
-"""Losses that modules keep as attributes for a trainer to add: of balance, of routers."""
+"""Losses that modules keep as attributes for a trainer to add, as routers do for balance."""
 
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -8,17 +8,17 @@ from torch.distributed.tensor import DTensor
 
 
 def auxiliary_losses(model: nn.Module, before: Collection[Tensor] = ()) -> dict[str, Tensor]:
-    """What a forward left on modules: single numbers with a gradient, by their names.
+    """Losses that a forward left on modules: single numbers with a gradient, by name.
 
     Args:
-        before: what the forwards before it had left, in a list that grows for one.
+        before: losses that earlier forwards left, as where a module appends to a list.
     """
     known, plain = {id(loss) for loss in before}, vars(nn.Module()).keys()
     return {
         f"auxiliary loss {name}": loss
         for part, module in model.named_modules()
         for key, value in vars(module).items()
-        # What any module has (parameters, buffers, submodules) is no loss.
+        # What every module has (parameters, buffers, submodules) is not a loss.
         if key not in plain
         for name, loss in _losses(f"{part}.{key}".lstrip("."), value, known)
     }

@@ -31,10 +31,10 @@ from dtcp.sharded_batch import ShardedBatch
 from dtcp.softmax.style import AttentionStyle
 
 REMEDY = "correct the config, by --set or in its file, or pass --hf-model module:function"
-"""Where transformers builds nothing of a config."""
+"""What to do where transformers builds no model of a config."""
 
 _PROBED = 12
-"""Tokens of the row that a model runs on by itself, before anything of it is changed."""
+"""Tokens of the row on which a model runs before anything in it is changed."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class CheckedHuggingFaceModel:
         return small_config(self.config, self.change, REMEDY)
 
     def _as_it_runs(self, model: Any) -> Any:
-        """A model in fp64; where that does not run, with what it keeps in fp32 in that."""
+        """A model in fp64; if it does not run that way, the parts it keeps in fp32 stay so."""
         kept = getattr(model, "_keep_in_fp32_modules_strict", None)
         if not kept:
             return model
@@ -157,7 +157,7 @@ class CheckedHuggingFaceModel:
         return model
 
     def _run_alone(self, model: Any) -> None:
-        """Run the unmodified model on a few tokens: what fails here, no mesh has to do with."""
+        """Run the unmodified model on a few tokens: what fails here is not the mesh's doing."""
         name, input_ids = type(model).__name__, torch.arange(1, 1 + _PROBED)[None]
         remedy = "check it by hand, in a dtype and with inputs that it takes"
         run = partial(model, **_tokens(model, input_ids), use_cache=False)
@@ -167,9 +167,9 @@ class CheckedHuggingFaceModel:
 
 
 def _without_token_dropout(model: Any) -> Any:
-    """A model whose modules drop nothing that a mesh would drop by token.
+    """Switch off the dropouts that a mesh applies by token.
 
-    One device runs each document as a row of its own here, where tokens have other places.
+    One device runs each document as a row of its own here, where tokens have other indices.
     """
     for module in model.modules():
         if drops(module):
@@ -178,7 +178,7 @@ def _without_token_dropout(model: Any) -> Any:
 
 
 def _tokens(model: Any, input_ids: Tensor) -> dict[str, Tensor]:
-    """What a model reads of a document: its tokens; and an encoder others, of another number."""
+    """What a model reads of a document: its tokens; an encoder, others and one fewer."""
     if not encoder_name(model):
         return {"input_ids": input_ids}
     return {"input_ids": input_ids.flip(1)[:, 1:], "decoder_input_ids": input_ids}

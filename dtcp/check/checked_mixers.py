@@ -60,7 +60,7 @@ class CheckedMixerModel:
             f"it, and in no mixer: call one there (docs/add_a_model.md)."
             for name in mixing
         )
-        # What a plan makes of them, its ranks say.
+        # What a plan makes of them is known on the ranks.
         claimed = f"claimed by {self.plan}" if self.plan else f"{style}"
         mixers = {name: model.get_submodule(name) for name in names}
         return Mixing({name: f"{claimed}, {mixer}" for name, mixer in mixers.items()}, refused)
@@ -120,7 +120,7 @@ def _prefixes_and_blocks(documents: Documents) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _named(model: nn.Module) -> Iterator[None]:
-    """Name the mixer in what a mixer refuses: cross attention, heads that do not fit."""
+    """Add the mixer's name to what it refuses: cross attention, heads that do not fit."""
     with calls(model, Mixer) as running:
         try:
             yield

@@ -24,7 +24,7 @@ class Mixing:
         claims: module name -> the style and the mixer that it claims.
         refused: what cannot be sharded, in sentences.
         tp_styles: module name (or pattern) -> its style under tensor parallelism.
-        notes: what else a reader has to know of the model that is checked.
+        notes: what else the reader should know about the checked model.
     """
 
     claims: Mapping[str, str]
@@ -85,7 +85,7 @@ def vocabulary(model: Any) -> int:
 
 
 def padding_id(model: Any) -> int | None:
-    """The id of padding of a model of transformers, without which some of them count positions."""
+    """The padding id of a model of transformers; some count positions without its tokens."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         return None
@@ -93,10 +93,10 @@ def padding_id(model: Any) -> int | None:
 
 
 def check_logits(model: nn.Module, logits: Any, seq_len: int) -> Tensor:
-    """The logits of a model on a row of seq_len tokens, if they are that.
+    """The logits of a model on a row of seq_len tokens.
 
     Raises:
-        ValueError: anything but a vector for each token.
+        ValueError: they are anything but a vector for each token.
     """
     if isinstance(logits, Tensor) and logits.shape[:-1] == (1, seq_len):
         return logits
@@ -109,7 +109,7 @@ def check_logits(model: nn.Module, logits: Any, seq_len: int) -> Tensor:
 
 
 def in_fp64(model: Any) -> Any:
-    """In fp64, every weight with noise: fresh norms and gates are ones or zeros and hide errors."""
+    """The model in fp64 with noise on every weight: norms and gates start as ones or zeros."""
     model = model.double().train()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -22,15 +22,15 @@ CHECKS: Mapping[str, CheckOptions] = {
     "all-gather": CheckOptions(CP, AllGatherAttention(), backend=""),
     "Ulysses": CheckOptions(CP, UlyssesAttention(), backend=""),
 }
-"""By name. The first one, eager and by a ring, is what the others change in one thing: what it
-refuses, they refuse."""
+"""By name. Each of the others changes one thing of the first, which is eager and a ring: what that
+refuses, they all refuse."""
 
 FIRST = next(iter(CHECKS))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one check of one model.
+    """The outcome of one check of one model.
 
     Args:
         verdict: "passed"; "refused" in a sentence; "failed", out of bound; "traceback"; or
@@ -77,7 +77,7 @@ def _outcome(report: CheckReport) -> Outcome:
 
 
 def matrix(checked: CheckedModel) -> Iterator[tuple[str, Outcome]]:
-    """Each check by its name, as it ends; the first one alone where that does not pass."""
+    """Each check by name, as it ends; only the first one if that does not pass."""
     for name, options in CHECKS.items():
         outcome = outcome_of_check(checked, options)
         yield name, outcome

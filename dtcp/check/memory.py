@@ -1,11 +1,11 @@
-"""The memory that a check takes, known before it is taken."""
+"""How much memory a check takes, estimated before it runs."""
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 BYTES = 8
-"""Of a number in fp64, in which models are compared."""
+"""Bytes of a number in fp64, in which models are compared."""
 
 COPIES = 4
 """Of the parameters on each rank: of the model on one device and of that on the mesh, weights and
@@ -55,7 +55,7 @@ class MemoryEstimate:
 
 
 def _free_memory() -> int:
-    """Bytes that this process and its children may still take: of the machine, of its cgroup."""
+    """Bytes that this process and its children may still take, by the machine and its cgroup."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if _MEMINFO.exists():
         lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())

@@ -163,7 +163,7 @@ def _kinds(mixer: Any) -> Iterator[str]:
 
 @contextmanager
 def _watch_mixers(model: nn.Module, by_layer: dict[str, OpCount]) -> Iterator[None]:
-    """Note what the forward and the backward of each mixer add to the ledger."""
+    """Record what the forward and the backward of each mixer add to the ledger."""
     with ExitStack() as hooks:
         for name, mixer in _mixers(model):
             before, after = _between(by_layer, f"{name}, forward")
@@ -178,7 +178,7 @@ def _watch_mixers(model: nn.Module, by_layer: dict[str, OpCount]) -> Iterator[No
 def _between(
     counts: dict[str, OpCount], name: str
 ) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Two hooks, and what the ledger counts between their calls."""
+    """Two hooks that record what the ledger counts between their calls."""
     start: dict[str, OpCount] = {}
 
     def before(*_: Any) -> None:
@@ -211,7 +211,7 @@ def _row(model: nn.Module, seq_len: int, index: int, *, packed: bool) -> _Row:
 
 
 def _labels(row: _Row, width: int) -> Tensor:
-    """The next token of each, as a head of this width can name it: [1, S]."""
+    """The next token of each, modulo the width of the head: [1, S]."""
     labels = shift_labels(row.input_ids, row.documents)
     return labels.where(labels == IGNORED, labels % max(width, 2))
 
@@ -228,7 +228,7 @@ def _on_one_device(
     rows = [_row(model, options.seq_len, index, packed=True) for index in indices]
     losses = _losses(checked, model, rows)
     if len(losses) > 1:
-        # Anew: a loss may add itself to those before.
+        # Start over: a loss may have added itself to earlier ones.
         model = seeded(checked)
         rows = [_row(model, options.seq_len, index, packed=False) for index in indices]
         losses = _losses(checked, model, rows)
@@ -271,7 +271,7 @@ def _on_mesh(
     documents = row.documents
     batch = {"input_ids": row.input_ids, "position_ids": documents.position_ids()}
     batch["labels"] = shift_labels(row.input_ids, documents)
-    # No image among them, for masks that ask.
+    # No token is of an image, for masks that ask.
     batch["block"] = torch.full_like(row.input_ids, -1)
     local, sharded = checked.shard(model, batch, documents, mesh, options.layout)
     logits = _two_or_more(checked.local_logits(model, local, sharded))
@@ -289,12 +289,12 @@ def _on_mesh(
 
 
 def _two_or_more(logits: Tensor) -> Tensor:
-    """Logits of at least two classes: of one class alone, the loss would always be 0."""
+    """Logits of at least two classes: with one class the loss would always be 0."""
     return logits if logits.shape[-1] > 1 else F.pad(logits, (0, 1))
 
 
 def _scale(model: nn.Module) -> float:
-    """Of a model's gradients: the median of their largest values, those that are not 0."""
+    """The scale of a model's gradients: the median of their largest values, zeros left out."""
     largest = [float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None]
     largest = sorted(value for value in largest if value != 0)
     return largest[len(largest) // 2] if largest else 0.0
@@ -322,10 +322,10 @@ def _error(actual: Tensor | None, expected: Tensor, floor: float) -> float:
 
 
 def _largest(errors: dict[str, float]) -> dict[str, float]:
-    """The largest error of all ranks: what a rank alone gets wrong is wrong."""
+    """The largest error of all ranks: what a single rank gets wrong is wrong."""
     values = torch.tensor(list(errors.values()), dtype=torch.float64)
     if dist.is_initialized():
-        # The largest of NaN and a number is not NaN everywhere.
+        # Not every backend's maximum of NaN and a number is NaN.
         values = values.nan_to_num(nan=math.inf)
         dist.all_reduce(values, dist.ReduceOp.MAX)
     return dict(zip(errors, values.tolist(), strict=True))

@@ -21,7 +21,7 @@ from dtcp.distributed.mesh import ParallelMesh
 from dtcp.parallelize import Compile
 
 REFUSALS = (ValueError, NotImplementedError)
-"""Errors that say that something cannot be done, rather than that something went wrong."""
+"""Errors that mean that something cannot be done, not that something went wrong."""
 
 
 _COMPILER = (
@@ -78,7 +78,7 @@ def check_model(
     What a rank refuses is in the report.
 
     Args:
-        say: hears of the memory that the check will take, before it takes it.
+        say: told how much memory the check will take, before it does.
     Raises:
         ValueError: the model cannot be built or run on one device, or memory does not suffice.
         RankFailed: a rank raised anything but a refusal.
@@ -110,7 +110,7 @@ def check_model(
 
 
 def import_compiler() -> None:
-    """Import what a first compilation does, once and not on every rank."""
+    """Import what a first compilation imports, once instead of on every rank."""
     for name in _COMPILER:
         import_module(name)
 
@@ -142,7 +142,7 @@ def _rank(rank: int, checked: CheckedModel, options: CheckOptions, folder: str) 
 
 @contextmanager
 def _no_graph(eager: ParityResult, options: CheckOptions) -> Iterator[None]:
-    """Say in a sentence that a block has no whole graph, and what that leaves."""
+    """Explain a block without a whole graph, and that the model may still run eager."""
     try:
         yield
     except dynamo_error() as error:
@@ -158,5 +158,5 @@ def _no_graph(eager: ParityResult, options: CheckOptions) -> Iterator[None]:
 
 
 def _first(paths: Iterable[Path]) -> str:
-    """What the first of these files says."""
+    """The text of the oldest of these files."""
     return min(paths, key=lambda path: path.stat().st_mtime_ns).read_text()

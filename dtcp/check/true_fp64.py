@@ -1,4 +1,4 @@
-"""Kernels of transformers' recurrent layers in true fp64: by themselves they compute in fp32."""
+"""Makes transformers' recurrent kernels compute in true fp64; by themselves they use fp32."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +31,7 @@ class TrueFP64(TorchFunctionMode):
 @contextmanager
 def kernels_in_fp64(model: nn.Module) -> Iterator[None]:
     """Inside, recurrent layers of an unmodified model compute their states in fp64."""
-    # Weights that a model keeps in fp32 are multiplied in that.
+    # Weights that a model keeps in fp32 are multiplied in fp32.
     layers = [
         layer
         for layer in recurrent_layers(model)

@@ -1,8 +1,8 @@
 """Context parallelism for a training loop that shards its batch and opens a context around a step.
 
 The names and signatures are NeMo Automodel's (nemo_automodel.components.distributed.cp_utils).
-Batches are sharded when they are made, out of place; a context only says what the shards are,
-inside it alone: nothing of torch is replaced, and backward passes need no context.
+Batches are sharded when they are made, out of place; a context only says what the shards are, and
+only inside it: nothing in torch is patched, and backward passes need no context.
 """
 
 from dtcp.cp_utils.batch import BatchSharder, _build_position_ids, make_cp_batch_and_ctx

@@ -1,4 +1,4 @@
-"""Shard a batch of whole rows, alike on every rank of the axis, and make the context of a step."""
+"""Shard a batch of whole rows, the same on every rank, and make the context of a step."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -46,15 +46,15 @@ def make_cp_batch_and_ctx(
     """Shard a batch, and make the context its forward pass runs in.
 
     The first of these that applies shards it: the model's own sharder, batch["_cp_make_batch_fn"],
-    a BatchSharder or a function called as one; `use_te`, packed rows without batch dim; on one
-    rank nothing, for nothing is to be done; and otherwise the balanced default. The batch passed
-    in stays as it is.
+    a BatchSharder or a function called like one; `use_te`, packed rows without a batch dim; on one
+    rank nothing, since there is nothing to do; and otherwise the balanced default. The batch passed
+    in is not changed.
 
     Args:
         device_mesh: with an axis "cp"; None, or no such axis: one rank.
         batch: whole rows, alike on every rank of the axis. Labels are shifted already.
-        loss_mask: [B, S]; returned sharded, in the batch. On one rank, where nothing is done, it
-            is the caller's still.
+        loss_mask: [B, S]; returned sharded, in the batch; on one rank, where nothing is done, not
+            returned.
     Returns:
         a function that opens the context, any number of times, and the local batch.
     Raises:
@@ -159,7 +159,7 @@ class BatchSharder:
         return get_train_context(False, False, context), {**batch, **local}
 
     def _rows(self, batch: BatchDict, padding_token_id: int) -> Rows:
-        """Hold what a batch says against each other; adds position_ids and padding_mask to it."""
+        """Cross-check what a batch says; adds position_ids and padding_mask to it."""
         rows, seq_len = _check(batch)
         if batch.get("seq_lens") is not None:
             documents = _documents_of_slots(batch, rows, seq_len, self.seq_lens_padding_value)
@@ -217,7 +217,7 @@ def _check(batch: BatchDict) -> tuple[int, int]:
 
 
 def _check_documents_are_read(batch: BatchDict) -> None:
-    """Refuse documents in keys that are not read; position ids of one axis are read."""
+    """Refuse documents given by keys that are not read here, as position ids of several axes."""
     position_ids = batch.get("position_ids")
     several_axes = (
         position_ids is not None and position_ids.ndim == 3 and batch.get("attention_mask") is None
@@ -268,7 +268,7 @@ def _documents(batch: BatchDict, position_ids: Tensor, rows: int, seq_len: int) 
 def _documents_of_slots(batch: BatchDict, rows: int, seq_len: int, sentinel: int) -> Documents:
     """Documents of rows with seq_lens; adds a padding_mask and, if missing, position_ids.
 
-    The padding between two documents is a document too: no other token sees it, nor it any other.
+    Padding between two documents counts as a document: it sees no other token, and none sees it.
     """
     seq_lens, padded = batch["seq_lens"], batch.get("seq_lens_padded")
     slots_of_rows = row_slots(seq_lens, seq_lens if padded is None else padded, seq_len, sentinel)
@@ -304,7 +304,7 @@ def _fields(
     padding_token_id: int,
     seq_len: int,
 ) -> dict[str, TokenField | None]:
-    """The rule of every key; a key without one must not look like one of tokens."""
+    """The rule of every key; one without a rule must not look as if it had a sequence."""
     fields = {**DEFAULT_FIELDS, "input_ids": TokenField(1, padding_token_id), **further}
     fields |= dict.fromkeys(("seq_lens", "seq_lens_padded"), WHOLE)
     for key, x in tensors.items():

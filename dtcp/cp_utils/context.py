@@ -1,4 +1,4 @@
-"""The contexts of a step: how its tensors are sharded, and what else a training loop opens."""
+"""The contexts of a step: how its tensors are sharded, and what else a training loop enters."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -96,7 +96,7 @@ class _ShardedBuffers(AbstractContextManager[None]):
     def __enter__(self) -> None:
         layout, rank = self.mode.layout, self.mode.axis.get_local_rank()
         for buffer, dim in self.buffers:
-            # A buffer that stays sharded is sharded already on the second entry.
+            # On a second entry a buffer that stays sharded is sharded already.
             if buffer.shape[dim] == layout.seq_len:
                 if id(buffer) not in self.kept:
                     self.whole.append((buffer, buffer.data))

@@ -1,8 +1,8 @@
 """DeepSeek-V4's helpers as NeMo Automodel names them: groups, gathers and the dense mask.
 
 Names and signatures are those of nemo_automodel.components.models.deepseek_v4.cp, for training
-loops written against them. Our own model (dtcp.models.deepseek_v4) needs none of it: it gathers no
-raw keys, builds no mask of [L, S], and its shards need not be multiples of any ratio.
+loops written against them. dtcp's own model (dtcp.models.deepseek_v4) needs none of these: it
+gathers no raw keys, builds no mask of [L, S], and its shards need not be multiples of any ratio.
 """
 
 from functools import reduce
@@ -37,7 +37,7 @@ def dsv4_cp_local_seq_multiple(model_or_config: Any) -> int:
 
 
 def _lcm(a: int, b: int) -> int:
-    """The least common multiple; of a number and 0, which asks for nothing, the number."""
+    """The least common multiple; if one of them is 0, the other one."""
     return lcm(a, b) if a and b else max(a, b)
 
 
@@ -70,7 +70,7 @@ def dsv4_cp_all_gather(tensor: Tensor, dim: int, cp_group: dist.ProcessGroup | N
 def dsv4_cp_all_gather_metadata(
     tensor: Tensor | None, dim: int, cp_group: dist.ProcessGroup | None
 ) -> Tensor | None:
-    """The same for masks, positions and ids, which have no gradient; None stays None."""
+    """`dsv4_cp_all_gather` of masks, positions and ids, which need no gradient; None stays None."""
     if tensor is None:
         return None
     return dsv4_cp_all_gather(tensor.detach(), dim, cp_group)

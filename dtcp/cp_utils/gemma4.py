@@ -1,8 +1,8 @@
-"""A batch for Gemma 4 as NeMo Automodel shards it: contiguously, by a hook of the model's own.
+"""A batch for Gemma 4 as NeMo Automodel shards it: contiguously, by a hook of the model.
 
 The names and signatures are those of nemo_automodel.components.models.gemma4_moe.cp_batch. What
-each rank attends to is worked out here as well, from whole rows and without communication: the
-ring of contiguous shards is RingAttention, each step of which has its part of the mask.
+each rank attends to is worked out here as well, from whole rows and without communication: the ring
+over contiguous shards is RingAttention, of which each step applies its part of the mask.
 """
 
 from collections.abc import Mapping
@@ -219,13 +219,13 @@ def _shard_for(
     loss_mask: Tensor | None = None,
     padding_token_id: int = 0,
 ) -> tuple[ContextFactory, BatchDict]:
-    """The model's own sharder: the same, plus the metadata of its mixers."""
+    """The model's own sharder: `make_contiguous_shard_cp_batch_and_ctx` plus mixers' metadata."""
     extra = {SEQ_DIMS: {**batch.get(SEQ_DIMS, {}), GROUPS: 1}}
     extra[PAD_VALUES] = {**batch.get(PAD_VALUES, {}), GROUPS: -1}
     context, local = make_contiguous_shard_cp_batch_and_ctx(
         cp_mesh, tp_mesh, {**batch, **extra}, loss_mask, padding_token_id
     )
-    # After ranks have compared their batches: who refuses its own alone leaves no other waiting.
+    # Ranks have compared their batches above, so one that raises here leaves no other waiting.
     whole = dict(batch)
     key, seq_len, *_ = _prepare_manual_cp_batch(cp_mesh, tp_mesh, whole, loss_mask)
     _synthesize_single_document_seq_ids(whole, key, seq_len)
@@ -245,7 +245,7 @@ def _shard_for(
 
 
 def _documents(seq_ids: Tensor, padding: Tensor | None, missing: int) -> Documents:
-    """Documents by their ids. Padding between tokens is a document that no other token sees."""
+    """Documents from ids. Padding between tokens is a document that no other token sees."""
     if padding is not None:
         seq_ids = seq_ids.masked_fill(padding.bool().cpu(), 0)
     rows = []

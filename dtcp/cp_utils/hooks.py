@@ -1,4 +1,4 @@
-"""Make the attention modules of any model respect the context they run in.
+"""Make any model's attention modules respect the context they run in.
 
 A module is claimed by a class of its own, never by a forward hook: a compiled graph guards the
 class of a module, not hooks that are attached later. Inside, attention is one op in the graph,
@@ -87,7 +87,7 @@ class _AcrossShards(nn.Module):
 class _TakesIsCausal(nn.Module):
     cp_name: str
     cp_mask_index: int
-    """Of attention_mask among the positional arguments; beyond them if it is none of them."""
+    """Index of attention_mask among the positional arguments; beyond them if it is not one."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         positional = len(args) > self.cp_mask_index

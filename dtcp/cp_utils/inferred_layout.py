@@ -12,7 +12,7 @@ from dtcp.sequence.partition import Run, joined_runs
 
 @dataclass(frozen=True)
 class InferredLayout(SequenceLayout):
-    """Tokens where some sharder has put them.
+    """A layout in which some other sharder has put the tokens.
 
     Attributes:
         rank_runs: the runs of every rank, in slot order.
@@ -26,11 +26,11 @@ class InferredLayout(SequenceLayout):
 
 
 def infer_layout(token_index: Tensor, axis: DeviceMesh, *, reader: str) -> SequenceLayout:
-    """Infer the layout of which every rank knows its part; gathered, and read on the host.
+    """Infer a layout of which each rank knows its part; parts are gathered and read on the host.
 
     Args:
         token_index: [L] int64, the index of each local token in the whole row.
-        reader: who asks, for the error.
+        reader: who asks, for errors.
     Raises:
         ValueError: indices that are not those of one row, each once.
 

@@ -10,7 +10,7 @@ from dtcp.sequence.documents import Documents
 def documents_of_mask(
     mask: Tensor, position_ids: Tensor | None, rows: int, seq_len: int
 ) -> Documents:
-    """The documents of rows, by their mask.
+    """The documents of rows, read off their mask.
 
     Args:
         mask: [B, S], 1 for tokens and 0 for padding on the right; or [B, 1, S, S] (or with equal

@@ -1,6 +1,6 @@
 """Padding of one tensor along its sequence, as NeMo Automodel's Gemma 4 and DeepSeek-V4 name it.
 
-Both pages have the two functions. Despite their names they change nothing in place.
+Automodel has both functions in either file. Despite their names they change nothing in place.
 """
 
 import torch

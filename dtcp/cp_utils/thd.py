@@ -1,4 +1,4 @@
-"""Packed rows in THD form, sharded as Transformer Engine's attention reads them, without it."""
+"""Packed rows in THD form, sharded as Transformer Engine's attention reads them."""
 
 from collections.abc import Mapping
 from typing import Any

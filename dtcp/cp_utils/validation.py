@@ -1,4 +1,4 @@
-"""Refuse what a batch says of its rows in a place that is not read: it would be lost."""
+"""Refuses what a batch says about its rows under keys that are not read: it would be lost."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -43,8 +43,8 @@ def agreed_padding(mask: Tensor | None, padding: Tensor | None) -> Tensor | None
     """The padding of a batch, [B, S], from its attention_mask, its padding_mask or both.
 
     Args:
-        mask: as of `padding_of_mask`; None without.
-        padding: [B, S], True for padding; None without.
+        mask: as for `padding_of_mask`, or None.
+        padding: [B, S], True for padding, or None.
     Raises:
         ValueError: one that `padding_of_mask` refuses, or two that differ.
     """
@@ -100,7 +100,7 @@ def check_rows(batch: Mapping[str, Any], primary: str, keys: Collection[str]) ->
 def check_one_document(
     batch: Mapping[str, Any], padding: Tensor | None, *, remedy: str, unread: Collection[str] = ()
 ) -> None:
-    """Refuse rows whose documents only unread keys tell apart: they would see each other.
+    """Refuse rows whose documents are given only by keys not read: they would see each other.
 
     Args:
         padding: [B, S], True for padding, where position ids mean nothing.

@@ -64,7 +64,7 @@ def _counts(config: Any) -> Iterator[tuple[str, float, float]]:
 
 
 def check_whole_parts(training: Any, replicas: int) -> int:
-    """Refuse a step that is not made of whole micro-batches with rows of every replica.
+    """Refuse a step that is not a whole number of micro-batches of all replicas.
 
     Returns:
         the rows of a part, on all ranks.
@@ -81,7 +81,7 @@ def check_whole_parts(training: Any, replicas: int) -> int:
 
 
 def _check_seq_len(seq_len: int, parallelism: ParallelismConfig) -> None:
-    """torchtitan cuts a row into two parts per cp rank, and these again for sequence parallelism."""
+    """torchtitan cuts a row into two parts per cp rank, and these again over tp."""
     cp, tp = parallelism.context_parallel_degree, parallelism.tensor_parallel_degree
     parts = (tp if parallelism.enable_sequence_parallel else 1) * (2 * cp if cp > 1 else 1)
     if parts > 0 and seq_len % parts:
