@@ -78,7 +78,7 @@ def check_model(
     What a rank refuses is in the report.
 
     Args:
-        say: told how much memory the check will take, before it does.
+        say: called with how much memory the check will take, before it takes it.
     Raises:
         ValueError: the model cannot be built or run on one device, or memory does not suffice.
         RankFailed: a rank raised anything but a refusal.

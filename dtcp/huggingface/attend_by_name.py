@@ -1,4 +1,4 @@
-"""How a forward that is written again attends: by the name in its model's config."""
+"""How rewritten forwards of transformers attend: by the name in their model's config."""
 
 import inspect
 from typing import Any
@@ -8,13 +8,13 @@ from torch import Tensor, nn
 ROPE, CONFIG = "dtcp_rope", "dtcp_config"
 """Where a module keeps the function that turns by positions, and the config with that name."""
 ATTEND = "attend_by_name"
-"""What such a forward calls to attend, by its name in its module."""
+"""The name under which such forwards call `attend_by_name`."""
 CACHES = ("past_key_values", "cache", "layer_past", "cache_params")
-"""Arguments with what other calls left: from transformers 5.24 on the second for them all."""
+"""Arguments that hold a cache; from transformers 5.24 on it is `cache` everywhere."""
 
 
 def own_rope(module: nn.Module) -> dict[str, Any]:
-    """The function of the module's own file that turns by positions."""
+    """The rotary function of the module's own file."""
     return {ROPE: getattr(inspect.getmodule(type(module)), "apply_rotary_pos_emb", None)}
 
 
@@ -30,7 +30,7 @@ def attend_by_name(
 
 
 def check_no_cache(module: nn.Module, arguments: dict[str, Any]) -> None:
-    """Refuse the keys of other calls among the arguments of a forward, and take their names out."""
+    """Refuse a cache among the arguments of a forward, and drop the arguments that hold none."""
     for name in CACHES:
         cache = arguments.pop(name, None)
         if cache is not None:

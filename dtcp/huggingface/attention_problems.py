@@ -1,4 +1,4 @@
-"""What keeps an attention call of transformers from being carried out by a mixer, in sentences."""
+"""Why a mixer cannot carry out an attention call of transformers, in sentences."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,9 +16,9 @@ HARMLESS = (
     *("position_ids", "use_cache", "is_causal", "sliding_window", "output_router_logits"),
     "logits_to_keep",
 )
-"""Arguments of an attention call that repeat what mask, positions and the model's call say."""
+"""Arguments of an attention call that repeat what mask, positions and model already say."""
 WRITTEN_AGAIN = ("num_selected", "pooled", "compressed", "relative_bias")
-"""Arguments of the calls in forwards that are written again (own_attention.py)."""
+"""Arguments of attention calls in rewritten forwards (own_attention.py)."""
 BY_PADDING = (
     "it says is_causal=False and is handed a causal mask, which transformers leaves out where sdpa "
     "attends and no row is padded, so that queries see both sides in some batches alone: clear "
@@ -30,7 +30,7 @@ MEANT: Mapping[str, str] = {
     "indices": "keys that an indexer chooses for each query, otherwise than LightningIndexer does",
     "position_bias": "a bias of scores that does not go by distance in T5's buckets",
 }
-"""What arguments of attention calls mean that are refused."""
+"""The meaning of refused arguments of attention calls."""
 
 
 def problems_of(
@@ -43,7 +43,7 @@ def problems_of(
     cross: bool,
     merged: bool,
 ) -> list[str]:
-    """Why no mixer carries out a call of attention, in sentences; none where one does.
+    """Why no mixer can carry out an attention call, in sentences; empty if one can.
 
     Args:
         q, k: [B, L, H or G, D].
@@ -87,7 +87,7 @@ def problems_of(
 def _problems_of_picking(
     module: nn.Module, mask: Mask | None, arguments: dict[str, Any]
 ) -> list[str]:
-    """Why what an indexer picks is not read, in sentences."""
+    """Why a mixer cannot read what an indexer picks, in sentences."""
     problems = []
     picks = arguments.get("num_selected") or arguments.get(BLOCK_INDICES) is not None
     if picks and mask is not None and mask != Causal():
@@ -111,7 +111,7 @@ def _problems_of_picking(
 
 
 def _problem_of_keys(q: Tensor, k: Tensor, mask: Mask | None, *, cross: bool, merged: bool) -> str:
-    """Why queries do not see an interval of the keys of one sequence; empty where they do."""
+    """Why queries see anything but an interval of one sequence's keys; empty if they do not."""
     if cross and mask != Bidirectional():
         return (
             f"its queries see a part of the encoder's tokens, by {mask}, and only attention to all "

@@ -1,4 +1,4 @@
-"""A batch as transformers' collators make it, cut for the ranks."""
+"""Shards a batch as transformers' collators make it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -47,7 +47,7 @@ def shard_hf_batch(
     buckets: Buckets | None = None,
     prepared: Callable[[], PreparedBatch] | None = None,
 ) -> tuple[dict[str, Tensor], ShardedBatch]:
-    """Cut a batch of transformers into this rank's part.
+    """Shard a batch of transformers: this rank's part.
 
     Args:
         batch: whole rows on the host: input_ids or inputs_embeds; maybe labels, not shifted, as
@@ -91,12 +91,12 @@ def prepare_hf_batch(
     model: nn.Module,
     buckets: Buckets | None = None,
 ) -> PreparedBatch:
-    """All of `shard_hf_batch` that needs no other rank and no device: for a thread, ahead of it.
+    """The part of `shard_hf_batch` that needs neither other ranks nor a device, to run in a thread.
 
     Args and errors are those of `shard_hf_batch`, to which the result goes as `prepared`.
 
     Raises:
-        ValueError: a model with an encoder besides, whose two batches are made where they are used.
+        ValueError: also a model with an encoder, whose two batches are made when they are used.
     """
     check_kind("prepare_hf_batch", nn.Module, model=model)
     _check_one_sequence(model_with_mixers(model))
@@ -190,7 +190,7 @@ def causal_lm_loss(
     if not balanced:
         return loss
     balance = balance_weight(model) * balance_loss_of_batch(model, out.router_logits, sharded)
-    # All of its value is on every rank, and on each the gradient of that rank's tokens.
+    # Every rank has the whole value, but only the gradient of its own tokens.
     return loss + balance - balance.detach() * (1 - 1 / mesh.size("loss"))
 
 

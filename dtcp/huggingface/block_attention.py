@@ -1,8 +1,8 @@
 """Attention of transformers to the tokens of blocks that an indexer picks: Qwen4's, MiniMax-M3's.
 
-Indexers loop over queries, or score all pairs of tokens, and a mask of all pairs is made of what
-they picked. Their forwards are written again, up to what blocks are picked by; of attention that
-of Qwen4, for MiniMax-M3's hands on what its indexer gives.
+Indexers loop over queries, or score all pairs of tokens, and what they pick becomes a mask of all
+pairs. Their forwards are rewritten to return what blocks are picked by; of attention, only Qwen4's,
+since MiniMax-M3's passes on what its indexer gives.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,12 +21,12 @@ BLOCK_INDICES = "block_indices"
 
 
 class PickedBlocks(NamedTuple):
-    """What a call of attention says of the blocks that it reads.
+    """What an attention call says about the blocks that it reads.
 
     Args:
-        kind: of the mixer.
-        numbers: what that is made with.
-        picked_by: what it is called with.
+        kind: the class of the mixer.
+        numbers: its constructor's arguments.
+        picked_by: what it picks blocks by, in each call.
     """
 
     kind: type[SparseBlockAttention]
@@ -79,7 +79,7 @@ def _half(table: Tensor) -> Tensor:
 
 
 def _finished(indexer: Any, mean: Tensor, table: Tensor) -> Tensor:
-    """Means of keys, [B, P, D], normalized and turned as their first tokens are."""
+    """Means of keys, [B, P, D], normalized and rotated by their first tokens' positions."""
     cos, sin = (torch.cat((half, half), dim=-1) for half in table.chunk(2, dim=-1))
     keys = indexer.k_layernorm(mean)[:, None]
     turned: Tensor = getattr(indexer, ROPE)(keys, cos=cos, sin=sin)

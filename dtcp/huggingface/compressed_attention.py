@@ -1,7 +1,7 @@
 """Attention of transformers to a window of keys and to compressed entries: DeepSeek-V4's.
 
-Its compressors pool the windows of the whole row, wherever documents start in it, and make a mask
-of all pairs of query and entry. Their forwards are written again, up to what is pooled: the mixer
+Its compressors pool windows of the whole row, wherever documents start in it, and make a mask of
+all pairs of query and entry. Their forwards are rewritten to return what is to be pooled: the mixer
 pools it, counting windows from the start of each document, and reads what the indexer picks.
 """
 
@@ -23,7 +23,7 @@ OVERLAPPING = "DeepseekV4CSACompressor"
 
 
 class Compressed(NamedTuple):
-    """What a module reads beside a window of keys; nothing in layers of the window alone."""
+    """What a module reads beside a window of keys; empty in layers with a window only."""
 
     position_ids: Tensor  # [B or 1, L], by which queries and keys were turned
     compression: Compression | None = None
@@ -39,7 +39,7 @@ def attend_beside_entries(
     compressed: Compressed,
     attn_metadata: BatchMetadata,
 ) -> Tensor:
-    """What the mixer of a module gives, [B, L, H, D], of q [B, L, H, D] and keys [B, L, D]."""
+    """Attend by a module's mixer: q [B, L, H, D], keys [B, L, D] -> [B, L, H, D]."""
     mixer.check_position_ids(compressed.position_ids, attn_metadata)
     parts: dict[str, Any] = {"tokens": compressed.tokens, "index": compressed.picked_by}
     return mixer(q, keys, attn_metadata, sink=sink, **parts)
@@ -53,7 +53,7 @@ def window_of(mask: Mask) -> int:
 
 
 def compression_of(compressor: Any) -> Compression | None:
-    """How a compressor makes entries of tokens; None without one."""
+    """How a compressor makes entries from tokens; None without one."""
     if compressor is None:
         return None
     if type(compressor).__name__ != OVERLAPPING:
@@ -88,7 +88,7 @@ def _deepseek_v4(
         "compressed": compressed,
     }
     out = attend_by_name(self, q, keys, keys, attention_mask, **arguments, **kwargs)
-    # Values are keys, which were turned.
+    # Values are keys, which were rotated.
     out = rope(out.unflatten(-1, (-1, self.head_dim)), cos, -sin, unsqueeze_dim=2)
     grouped = out.flatten(2).unflatten(-1, (self.config.o_groups, -1))
     return self.o_b_proj(self.o_a_proj(grouped).flatten(2)), None
@@ -123,7 +123,7 @@ def _to_pool(module: Any, hidden_states: Tensor) -> Prepool:
 
 
 def _finished(module: Any, pooled: Tensor, position_ids: Tensor) -> Tensor:
-    """Pooled windows, [B, E, D], normalized and turned by the positions of their first tokens."""
+    """Pooled windows, [B, E, D], normalized and rotated by their first tokens' positions."""
     entries = module.kv_norm(pooled)
     kind = module.rope_layer_type
     tables = module.rotary_emb(entries, position_ids=position_ids, layer_type=kind)

@@ -1,4 +1,4 @@
-"""A config of transformers from its fields."""
+"""Makes a config of transformers from its fields."""
 
 import difflib
 import json
@@ -12,7 +12,7 @@ CORRECT = "correct the config"
 
 
 def model_types() -> list[str]:
-    """Those that transformers knows."""
+    """The model types that transformers knows."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return sorted(CONFIG_MAPPING.keys())
@@ -22,7 +22,7 @@ def read_fields(path: Path) -> dict[str, Any]:
     """The fields of a config.json, model_type among them.
 
     Raises:
-        ValueError: no JSON, or no model_type in it.
+        ValueError: not JSON, or without a model_type.
     """
     try:
         fields = json.loads(path.read_text())

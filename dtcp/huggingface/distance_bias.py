@@ -1,9 +1,9 @@
-"""Score biases by distance of transformers' models, handed on as a table instead of L x S numbers.
+"""Relative position biases of transformers' models, passed as a table instead of L x S numbers.
 
-T5 and its kin look a bias up for every pair of tokens, in a method of their attention,
-`compute_bias`, and hand it from layer to layer. Here the method gives one number per head for each
-distance, [H, 2 R + 1], and the mixer adds it where it computes scores. That the method goes by
-distance, by T5's buckets, is tried and not read from names.
+T5 and its kin look up a bias for every pair of tokens, in a method of their attention,
+`compute_bias`, and pass it from layer to layer. Here the method returns one number per head and
+distance, [H, 2 R + 1], which the mixer adds where it computes scores. Whether the method goes by
+distance, in T5's buckets, is tested by calling it, not read from names.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ _MADE = "dtcp_bias_by_distance"
 
 
 def is_of_bias(value: Any) -> bool:
-    """Whether a value of an attention call is what a surveyed method gave."""
+    """Whether an argument of an attention call came from a surveyed method."""
     return getattr(value, _MADE, False)
 
 
@@ -39,14 +39,14 @@ def biased_attentions(model: nn.Module) -> list[Any]:
 
 
 def install_bias_tables(model: nn.Module) -> None:
-    """Let attention that biases scores hand on a table; one without hands on nothing."""
+    """Let attention that biases scores pass on a table; attention without a bias passes nothing."""
     for attention in biased_attentions(model):
         _replace(attention, _table)
 
 
 @contextmanager
 def noting_bias_tables(model: nn.Module) -> Iterator[None]:
-    """Inside, attention that biases scores hands on a table that `is_of_bias` knows."""
+    """Inside, attention that biases scores passes on a table that `is_of_bias` recognizes."""
     attentions = [m for m in biased_attentions(model) if _METHOD not in vars(m)]
     before = [getattr(m, _HAS) for m in attentions]
     for attention in attentions:
@@ -66,13 +66,13 @@ def _replace(attention: Any, table: Any) -> None:
 
 
 def _table(attention: Any, *_: Any, **__: Any) -> Tensor | None:
-    """In the place of compute_bias: [H, 2 R + 1]; of a module without a bias, None."""
+    """Replaces compute_bias: [H, 2 R + 1]; None for a module without a bias."""
     embedding = getattr(attention, TABLE, None)
     if embedding is None:
         return None
     weight = embedding.weight
     if isinstance(weight, DTensor):
-        # Its columns are those of the heads that this rank of tp makes.
+        # Its columns are those of this tp rank's heads.
         weight = weight.to_local(grad_placements=weight.placements)
     table = t5_distance_bias(
         weight,
@@ -92,9 +92,9 @@ def _noted_table(attention: Any, *_: Any, **__: Any) -> Tensor | None:
 
 @torch.no_grad()
 def _is_t5s(attention: Any) -> bool:
-    """Whether what the module adds to scores goes by distance, as the table says, and no further.
+    """Whether what a module adds to scores depends on distance alone, as the table says.
 
-    One query with twice as many keys on either side as the table reaches to.
+    Tried with one query, and twice as many keys on either side as the table reaches.
     """
     if _METHOD in vars(attention) or getattr(attention, TABLE).weight.is_meta:
         # On the meta device a narrow copy was tried.

@@ -17,7 +17,7 @@ from dtcp.sequence.documents import Documents
 
 
 def documents_of_hf_batch(batch: Mapping[str, Any]) -> Documents:
-    """The documents of every row, from every key that transformers' collators have for them.
+    """The documents of every row, from all keys by which transformers' collators give them.
 
     Raises:
         ValueError: keys that contradict each other, padding anywhere but on the right, a mask of
@@ -78,7 +78,7 @@ def _checked_mask(mask: Tensor, rows: int, seq_len: int) -> Tensor:
 
 
 def _check_counted(position_ids: Tensor, documents: Documents) -> None:
-    """Refuse position ids that the documents' own could not stand for."""
+    """Refuse position ids that differ from those that the documents imply."""
     counted, document = documents.position_ids(), documents.document()
     if position_ids.ndim != 2:
         raise ValueError(

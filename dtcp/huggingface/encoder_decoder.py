@@ -35,7 +35,7 @@ from dtcp.sequence.layout import SequenceLayout
 from dtcp.sharded_batch import ShardedBatch
 
 DECODER = "decoder_"
-"""What the names of arguments begin with that belong to the decoder's tokens."""
+"""The prefix of arguments that belong to the decoder's tokens."""
 
 TOKENS = ("input_ids", "inputs_embeds")
 DECODER_TOKENS = tuple(f"{DECODER}{key}" for key in TOKENS)
@@ -80,7 +80,7 @@ def shard_two_sequences(
 ) -> tuple[dict[str, Tensor], ShardedBatch]:
     """As shard_hf_batch, for a model with an encoder: the ShardedBatch is the decoder's.
 
-    What drops may read either sequence, wherever it is: adapters of cross attention, of the head.
+    Dropouts may read either sequence, wherever they are: adapters of cross attention, of the head.
     """
     dropouts = MixerKinds.of(model).dropouts
 
@@ -147,7 +147,7 @@ def _rows(given: dict[str, Any]) -> Rows:
 
 
 def _shifted_right(model: Any, labels: Tensor, documents: Documents) -> Tensor:
-    """What the decoder reads where a label is predicted, document by document: [B, S]."""
+    """The decoder's input ids, from labels shifted right, document by document: [B, S]."""
     shift = _own_shift(model)
     shifted = torch.zeros_like(labels)
     for row, lengths in enumerate(documents.lengths):
@@ -160,7 +160,7 @@ def _shifted_right(model: Any, labels: Tensor, documents: Documents) -> Tensor:
 
 
 def _own_shift(model: Any) -> Callable[[Tensor], Tensor]:
-    """How a model makes the decoder's tokens of labels: by a method, or a function beside it."""
+    """How a model makes the decoder's tokens from labels: its method, or a function of its file."""
     method = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if method is not None:
         return partial(method)
@@ -170,7 +170,7 @@ def _own_shift(model: Any) -> Callable[[Tensor], Tensor]:
     if function is None:
         raise ValueError(
             f"A decoder reads its labels, shifted as its model does it, got labels alone for "
-            f"{type(model).__name__}, which says nowhere how: give decoder_input_ids."
+            f"{type(model).__name__}, which has no function for it: give decoder_input_ids."
         )
     ids = {key: getattr(model.config, key) for key in ("pad_token_id", "decoder_start_token_id")}
     return partial(function, **ids)

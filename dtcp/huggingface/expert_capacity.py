@@ -1,8 +1,8 @@
-"""Routers whose experts have a capacity: so many tokens of a row, the first that choose them.
+"""Routers whose experts have a capacity: they take the first tokens of a row that choose them.
 
-Switch Transformers counts along a row how many tokens have chosen each expert; one whose position
-in its expert is past the capacity is dropped. Tokens of other ranks count, too, so tokens meet
-here: a mixer counts, and the router's own forward does the rest.
+Switch Transformers counts along a row how many tokens have chosen each expert; a token whose
+position in its expert is past the capacity is dropped. Tokens of other ranks count, too, so tokens
+meet here: a mixer counts, and the router's own forward does the rest.
 From Fedus et al. 2021, Switch Transformers, section 2.2, https://arxiv.org/abs/2101.03961
 """
 
@@ -27,12 +27,12 @@ from dtcp.sequence.layout import SequenceLayout
 from dtcp.style import MixerStyle
 
 CAPACITY = "expert_capacity"
-"""What such routers have."""
+"""The attribute by which such routers are known."""
 
 
 @dataclass(frozen=True, eq=False)
 class PositionInExpertMetadata(AttentionMetadata):
-    """In which order tokens choose.
+    """The order in which tokens choose.
 
     Args:
         slot: [S], where each token of a row lies among those of all ranks.
@@ -69,7 +69,7 @@ class PositionInExpert(Mixer):
         return of_token[:, metadata.token_index]
 
     def of_all(self, expert: Tensor) -> Tensor:
-        """What the tokens of all ranks have chosen: [B, S]."""
+        """The choices of the tokens of all ranks: [B, S]."""
         return expert
 
     def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -116,7 +116,7 @@ def surveyed_capacity(model: nn.Module) -> tuple[SurveyedMixer, ...]:
 
 
 def unread_capacity(model: nn.Module) -> Iterator[str]:
-    """What refuses routers that keep a capacity in another way, in sentences."""
+    """Why routers that implement a capacity in another way are refused, in sentences."""
     for name, module in model.named_modules():
         kind = type(module).__name__
         if hasattr(module, CAPACITY) and kind not in ROUTERS:
@@ -129,7 +129,7 @@ def unread_capacity(model: nn.Module) -> Iterator[str]:
 
 @contextmanager
 def unlimited_capacity(model: nn.Module) -> Iterator[None]:
-    """Inside, experts have no capacity, so that no token is moved by another one's choice."""
+    """Inside, experts have no capacity, so that no token depends on another one's choice."""
     routers: list[Any] = [m for m in model.modules() if type(m).__name__ in ROUTERS]
     routers = [router for router in routers if "forward" not in vars(router)]
     for router in routers:
@@ -179,7 +179,7 @@ def _hand_batch(block: Any, forward: Callable[..., Any], *args: Any, **kwargs: A
 
 
 def _first_tokens(router: Any, _: Any, hidden_states: Tensor) -> Any:
-    """The router's outputs, of all tokens, without those past the capacity."""
+    """The router's outputs, in which tokens past the capacity choose no expert."""
     expert, probability, logits = _choice(router, hidden_states)
     place = router.get_submodule(MIXER)(expert, getattr(router, _BATCH))
     chosen = F.one_hot(expert, router.num_experts)
@@ -192,7 +192,7 @@ def _without_capacity(router: Any, hidden_states: Tensor) -> Any:
 
 
 def _choice(router: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """SwitchTransformersTop1Router's, which casts its weights for good, under FSDP's hands."""
+    """As SwitchTransformersTop1Router, which casts its weights for good, even FSDP's."""
     logits = router.classifier(hidden_states.to(router.dtype))
     probability = logits.softmax(-1, dtype=router.dtype).to(hidden_states.dtype)
     highest, expert = probability.max(-1)

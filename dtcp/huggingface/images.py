@@ -1,8 +1,8 @@
-"""Images in text: rows come whole, and are cut where the language model begins.
+"""Images in text: rows arrive whole, and are sharded where the language model begins.
 
 The vision tower runs on all images on every rank, and its tokens are put in their places by the
-model's own code, which sees whole rows. Behind that, embeddings, positions and what else has a
-number for each token are cut as the batch was; tokens of images cross shards like any others.
+model's own code, which sees whole rows. After that, embeddings, positions and whatever else has an
+entry per token are sharded as the batch was; image tokens cross shards like any others.
 """
 
 import inspect
@@ -30,17 +30,17 @@ CUT = "dtcp_cut"
 """The mixer's name in its language model."""
 
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
-"""Arguments that say for each token whether it is one of an image."""
+"""Arguments that say for each token whether it belongs to an image."""
 
 IMAGES = (
     *("pixel_values", "pixel_values_videos", "pixel_attention_mask", "image_sizes"),
     *("image_grid_thw", "video_grid_thw", "second_per_grid_ts"),
     *("image_position_ids", "video_position_ids", "num_frames_per_video"),
 )
-"""Arguments of images and videos, which have no sequence of tokens."""
+"""Arguments with images and videos, which have no token dim."""
 
 PER_LAYER = ("per_layer_inputs", "ple_input_ids")
-"""Arguments of a language model with what its layers look up for each token, or look it up by."""
+"""Arguments of a language model with per-layer embeddings of tokens, or the ids to look up."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class CutMetadata(AttentionMetadata):
 
 
 class CutRows(Mixer):
-    """Cut what belongs to whole rows as the batch was cut. Nothing is sent."""
+    """Shard what belongs to whole rows as the batch was sharded. Nothing is sent."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class ContextParallelCutRows(ClaimedMixer, CutRows):
 
 @dataclass
 class CutRowsCP(MixerStyle):
-    """Whole rows cut in any layout that is one for all rows. Traffic per rank: none."""
+    """Whole rows sharded in any layout that is the same for all rows. Traffic per rank: none."""
 
     claims: ClassVar[Mapping[type[Mixer], type[ClaimedMixer]]] = {CutRows: ContextParallelCutRows}
     layouts: ClassVar[tuple[type[SequenceLayout], ...]] = (SequenceLayout,)
@@ -110,13 +110,13 @@ def language_model_name(model: Any) -> str:
 
 
 def image_arguments(model: Any) -> tuple[str, ...]:
-    """What a model may be called with beside its tokens."""
+    """What a model may be called with besides its tokens."""
     taken = inspect.signature(type(model).forward).parameters
     return tuple(key for key in (*IMAGES, *TOKEN_TYPES) if key in taken)
 
 
 def counts_images(model: Any) -> bool:
-    """Whether a model works out positions on several axes, of the images of whole rows."""
+    """Whether a model computes positions on several axes, from the images of whole rows."""
     return hasattr(getattr(model, "base_model", model), "get_rope_index")
 
 
@@ -131,7 +131,7 @@ def blocks_of_types(types: Tensor, *, prompts: bool) -> Tensor:
 
 
 def install_image_inputs(model: nn.Module, name: str, *, prompts: bool) -> None:
-    """Let the language model inside of a model cut whole rows."""
+    """Let the language model inside a model shard whole rows."""
     text = model.get_submodule(name)
     text.add_module(CUT, CutRows())
     wrap_forward(text, _on_shard)
@@ -146,9 +146,9 @@ _TEXT, _PROMPTS = "dtcp_text", "dtcp_prompts"
 def _with_gradients_alike(
     model: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """Let a rank without images sum the gradients of those with some, zeros being its own.
+    """Let a rank without images take part in summing the vision tower's gradients, with zeros.
 
-    FSDP adds up what gradients a rank has: others would exchange buffers of another size.
+    FSDP sums the gradients that a rank has: other ranks would exchange buffers of another size.
     """
     metadata, knows = kwargs.get("attn_metadata"), isinstance(model, FSDPModule)
     if knows and hasattr(model, _UNUSED) and isinstance(metadata, BatchMetadata):
@@ -158,11 +158,11 @@ def _with_gradients_alike(
 
 
 _UNUSED = "set_reduce_scatter_unused_params"
-"""What tells FSDP so, from torch 2.13 on."""
+"""The method that tells FSDP so, from torch 2.13 on."""
 
 
 def agreed_on_images(metadata: BatchMetadata, mesh: ParallelMesh, *, images: bool) -> BatchMetadata:
-    """The metadata of a batch, which know whether some batch ranks alone have images.
+    """The metadata of a batch, with whether only some of the batch ranks have images.
 
     Traffic per rank: a number from each batch rank, for a model that takes images.
 
@@ -198,7 +198,7 @@ def _on_shard(text: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any)
     kwargs |= {key: cut(x, metadata, dims.get(key, 1)) for key, x in whole.items() if x is not None}
     layers, mask = kwargs.get("deepstack_visual_embeds"), whole["visual_pos_masks"]
     if layers is not None and mask is not None:
-        # Of the tokens of images, in their order: one row of numbers says which a shard has.
+        # Number the image tokens in order: the numbers in a shard say which it has.
         numbers = mask.flatten().cumsum(0).view(mask.shape) - 1
         mine = cut(numbers, metadata)[kwargs["visual_pos_masks"]]
         kwargs["deepstack_visual_embeds"] = [x[mine] for x in layers]
@@ -208,7 +208,7 @@ def _on_shard(text: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any)
 def whole_row_inputs(
     rows: Mapping[str, Any], documents: Documents, model: nn.Module
 ) -> dict[str, Tensor]:
-    """What a model that takes images is called with, as long as the padded rows: [B, S].
+    """What a model with images is called with, padded to the length of the rows: [B, S].
 
     Raises:
         ValueError: tokens without ids; packed documents, or positions of one axis, where the model
@@ -240,7 +240,7 @@ def whole_row_inputs(
 
 
 def with_blocks(rows: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Rows with the runs of tokens of images, which masks read: of text, none."""
+    """Rows with the blocks of image tokens that masks read; rows of text have none."""
     if "block" in rows or not any(isinstance(m, CutRows) for m in model.modules()):
         return dict(rows)
     types = next((rows[key] for key in TOKEN_TYPES if rows.get(key) is not None), None)

@@ -1,4 +1,4 @@
-"""Give the attention modules of a model of transformers their mixers."""
+"""Gives the attention modules of a transformers model their mixers."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -51,11 +51,11 @@ ARGUMENTS = (
     "output_router_logits",
     "output_attentions",
 )
-"""What a model with mixers may be called with; the last one only to switch something off."""
+"""What a model with mixers may be called with; the last one only to switch it off."""
 
 
 def install_mixers(model: Any) -> Survey:
-    """Let a model attend by mixers, one in each attention module; refuse what mixers cannot do.
+    """Make a model attend by mixers, one per attention module; refuse what mixers cannot do.
 
     Parameters keep their names. On one device the model computes what it did before; its forward
     takes `attn_metadata`, and a plan may claim the mixers, `<name of the attention>.dtcp_mixer`.
@@ -109,7 +109,7 @@ def install_mixers(model: Any) -> Survey:
 
 
 def _check_inner_calls(model: Any, result: Survey) -> None:
-    """Let the models inside of a model refuse what it refuses."""
+    """Make the models inside a model refuse what it refuses."""
     mixing = [each.name for each in result.attentions] + [each.name for each in result.recurrent]
     for name, module in model.named_modules():
         mixes = any(each.startswith(f"{name}.") for each in mixing)
@@ -135,9 +135,9 @@ def has_mixers(model: Any) -> bool:
 
 
 def model_with_mixers(model: Any) -> Any:
-    """The model that has its mixers: itself, or the one inside of what holds it, as of peft.
+    """The model that has its mixers: this one, or the one inside a wrapper, as of peft.
 
-    What takes any argument and hands it on says nothing of what the model is.
+    A wrapper takes any argument and passes it on, so it does not show what the model is.
     """
     if has_mixers(model):
         return model
@@ -158,10 +158,10 @@ def check_has_no_mixers(model: Any) -> None:
 
 
 def check_has_mixers(model: nn.Module) -> None:
-    """Refuse a model without mixers: its tokens would meet inside of shards alone.
+    """Refuse a model without mixers: tokens would only see those of their own shard.
 
-    And weights that were put into it, or around it, after it was sharded: each rank would have
-    the gradients of its own tokens.
+    And weights that were added to it, or around it, after it was sharded: each rank would only
+    have the gradients of its own tokens.
 
     Args:
         model: itself, or what holds it, as of peft.
@@ -192,7 +192,7 @@ def check_has_mixers(model: nn.Module) -> None:
 
 
 def _attention_configs(model: Any, result: Survey) -> list[Any]:
-    """The configs by whose names attention is looked up."""
+    """The configs whose implementation names choose the attention function."""
     modules = [model.get_submodule(each.name) for each in result.attentions]
     configs = [looked_up_in(module) for module in modules]
     return list({id(config): config for config in configs if config is not None}.values())
@@ -210,7 +210,7 @@ def _inner_configs(model: Any) -> list[tuple[str, Any]]:
 
 
 def _leave_others(model: Any, result: Survey, before: Mapping[str, str]) -> None:
-    """What was not surveyed attends as it did: a vision tower, whose images are whole."""
+    """Restore the attention of what was not surveyed: a vision tower, whose images are whole."""
     modules = [model.get_submodule(each.name) for each in result.attentions]
     surveyed = [getattr(module, "config", None) for module in modules]
     for key, config in _inner_configs(model):
@@ -219,7 +219,7 @@ def _leave_others(model: Any, result: Survey, before: Mapping[str, str]) -> None
 
 
 def _is_entry(module: nn.Module) -> bool:
-    """Whether a module is a model that may be called in the place of the one it is part of."""
+    """Whether a module is a model that may be called instead of the one it is part of."""
     from transformers import PreTrainedModel
 
     has_positions = "position_ids" in inspect.signature(module.forward).parameters
@@ -259,8 +259,8 @@ def _without_padding_mask(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _checked_inner_forward(
     module: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    # Models call the ones inside of them with positional arguments, too, and with more than users
-    # may; what would be wrong without a word is the same.
+    # Models call inner ones with positional arguments, too, and with more than users may; what
+    # would be silently wrong is the same.
     names = getattr(module, _ARGUMENTS)
     _check_implementation(module, getattr(module, _CONFIGS))
     _check_inputs({**dict(zip(names[1:], args, strict=False)), **kwargs})
@@ -268,7 +268,7 @@ def _checked_inner_forward(
 
 
 def _check_implementation(model: Any, configs: list[Any]) -> None:
-    """Refuse attention that was switched to another implementation: it would read shards alone."""
+    """Refuse attention that was switched to another implementation: it would only see shards."""
     for config in configs:
         chosen = config._attn_implementation
         if chosen != registry.IMPLEMENTATION:

@@ -1,8 +1,8 @@
 """One output per row, that of its last token: what heads of classifiers and reward models read.
 
-The token may lie on any rank, so tokens meet here: a mixer stands behind the head. It gives every
-token of a row what the head gave for the last one, and the model's own code, which picks one of
-its tokens, picks the right value whichever it takes.
+The token may lie on any rank, so tokens meet here: a mixer follows the head. It gives every token
+of a row the head's output for the last one, so that the model's own code, which picks one token,
+gets the right value whichever it picks.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ from dtcp.style import MixerStyle
 
 @dataclass(frozen=True, eq=False)
 class LastTokenMetadata(AttentionMetadata):
-    """Where the tokens of a shard stand in their rows.
+    """Where the tokens of a shard are in their rows.
 
     Args:
         token_index: [L].
@@ -57,7 +57,7 @@ class LastToken(Mixer):
 
     @contextmanager
     def reading(self, input_ids: Tensor | None, attn_metadata: BatchMetadata) -> Iterator[None]:
-        """Inside, the head is called for this batch: its call does not hand the batch on."""
+        """Inside, the head is called for this batch, which is not among its arguments."""
         self.batch = input_ids, attn_metadata
         try:
             yield
@@ -106,7 +106,7 @@ class ContextParallelLastToken(ClaimedMixer, LastToken):
     def latest(self, last: Tensor, value: Tensor) -> Tensor:
         lasts = all_gather(last[None], self.axis, dim=0)
         mine = lasts.argmax(dim=0) == self.rank
-        # What another rank has is zero here, so that the sum is what the one rank has.
+        # All ranks but one contribute zeros, so the sum is that rank's value.
         return sum_for_replicated_loss(value.where(mine[:, None], 0), self.axis)
 
 

@@ -1,8 +1,8 @@
-"""Multi-head latent attention of transformers: latents are handed to the mixer as they are.
+"""Multi-head latent attention of transformers: latents are passed to the mixer as they are.
 
-Models of the DeepSeek-V2 line make keys and values of latents in a method of their own, which all
-copy from one model. Where a module's is that very method, with a plain projection, the module may
-skip it: its mixer makes keys and values itself, where their latents arrive.
+Models of the DeepSeek-V2 line make keys and values from latents in a method that all copy from one
+model. Where a module has that very method, with a plain projection, the module may skip it: its
+mixer makes keys and values itself, where their latents arrive.
 """
 
 from types import MethodType
@@ -41,7 +41,7 @@ def makes_keys_of_latents(attention: nn.Module) -> bool:
 
 
 def exchange_latents(attention: nn.Module) -> None:
-    """Give a module that has its mixer one that exchanges latents, and hand them on to it."""
+    """Replace a module's mixer by one that exchanges latents, and pass it these."""
     mixer = attention.get_submodule(MIXER)
     assert type(mixer) is SoftmaxAttention
     latent = LatentAttention(
@@ -52,9 +52,9 @@ def exchange_latents(attention: nn.Module) -> None:
 
 
 def read_picked_latents(attention: nn.Module, num_selected: int) -> None:
-    """Let a module whose mixer reads the latents of picked tokens hand them on, and pick them.
+    """Make a module whose mixer reads the latents of picked tokens pass them on, and pick them.
 
-    One without an indexer reads what the layer before it read.
+    A module without an indexer reads what the layer before it read.
     """
     indexer: Any = getattr(attention, OWN_INDEXER, None)
     if indexer is not None:

@@ -1,7 +1,7 @@
-"""Rows that are padded on the left, as prompts beside completions are, moved to the right and back.
+"""Moves left padding, as of prompts before completions, to the right, and results back.
 
-A trainer of policies puts the prompts of a batch flush at their ends and what follows them at its
-start, so that all completions lie in the same columns. A mesh computes rows that start at 0.
+A policy trainer aligns the ends of a batch's prompts, so that all completions lie in the same
+columns. A mesh computes rows that start at 0.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def left_padding(rows: Mapping[str, Any]) -> Tensor | None:
-    """How many tokens each row is padded by on the left, [B] on the host; None where none is."""
+    """How many tokens each row is padded by on the left, [B] on the host; None if none is."""
     mask = rows.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2 or not len(mask):
         return None
@@ -23,12 +23,12 @@ def left_padding(rows: Mapping[str, Any]) -> Tensor | None:
 def moved_to_right(
     rows: Mapping[str, Any], padding: Tensor, *, as_long: bool = False
 ) -> dict[str, Any]:
-    """The same rows with that padding at their ends, and no longer than the longest of them.
+    """The rows with that padding at their ends, cut to the longest of them.
 
     Args:
-        rows: attention_mask [B, S]; what else is [B, S] moves along.
-        padding: of left_padding.
-        as_long: leave rows as long as they are.
+        rows: attention_mask [B, S]; everything else of shape [B, S] moves along.
+        padding: from left_padding.
+        as_long: do not cut rows.
     """
     mask = rows["attention_mask"]
     columns = torch.arange(mask.shape[1]) + padding[:, None]
@@ -42,7 +42,7 @@ def moved_to_right(
 
 
 def moved_back(numbers: Mapping[str, Tensor], padding: Tensor, length: int) -> dict[str, Tensor]:
-    """Numbers of tokens where the rows had them that were moved; 0 elsewhere.
+    """Numbers per token, moved back to where the rows had the tokens; 0 elsewhere.
 
     Args:
         numbers: [B, s] each, of rows as they were computed.

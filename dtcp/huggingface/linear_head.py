@@ -1,8 +1,8 @@
-"""The head of a language model of transformers, left uncomputed for a loss that reads its input.
+"""Leaves the head of a transformers model uncomputed, for a loss that reads the head's input.
 
-The model is called as ever, and its head computes the logits of one token only, to see what the
-model does with them: it may scale them, or cap them. What config fields say of that is held
-against it once, in the first call.
+The model is called as usual, and its head computes the logits of one token only, to see what the
+model does with them: it may scale or cap them. What the config says about that is compared with it
+once, in the first call.
 """
 
 from collections.abc import Callable, Iterator
@@ -64,7 +64,7 @@ class LinearHead:
         Args:
             of_one_token: [B, 1, V], what the model gave, of the first one.
         Raises:
-            ValueError: they are not what the config says of scale and cap.
+            ValueError: they do not follow from the scale and the cap of the config.
         """
         assert self.held is not None
         scale, softcap = self.after

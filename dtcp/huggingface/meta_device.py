@@ -1,6 +1,6 @@
-"""Survey a model on the meta device by a copy: as deep, with the same kinds of layers, and narrow.
+"""Surveys a model on the meta device by a narrow copy, as deep and with the same kinds of layers.
 
-A copy that cannot be made narrow, or not be run, is made as wide as the model, if that is small.
+If a narrow copy cannot be made or run, and the model is small, the copy is as wide as the model.
 """
 
 from collections.abc import Callable, Mapping
@@ -45,7 +45,7 @@ SMALL = 2**26
 
 
 OF_ATTENTION = ("attn_config",)
-"""Configs inside of a config that are of no modality."""
+"""Inner configs that do not belong to a modality."""
 
 
 def survey_on_meta(model: Any) -> Survey:
@@ -83,7 +83,7 @@ def survey_on_meta(model: Any) -> Survey:
 
 
 def _with_dropouts(result: Survey, model: Any, *, narrow: bool = False) -> Survey:
-    """What a survey of a copy does not find: widths of the model itself, and its adapters."""
+    """Add what a survey of a copy does not find: the model's own widths, and its adapters."""
     found = [replace(x, width=None) if narrow else x for x in result.dropouts]
     return replace(result, dropouts=(*found, *dropouts_of_adapters(model)))
 
@@ -119,7 +119,7 @@ def _narrow_config(config: Any) -> Any:
     narrow["hidden_size"] = HEADS * (head_dim or 32)
     narrow |= {} if heads is None else {"num_attention_heads": HEADS}
     padding = getattr(config, "pad_token_id", None)
-    # Some models count positions from behind it.
+    # Some models count positions from the padding id on.
     narrow["pad_token_id"] = padding if padding and padding < NARROW["vocab_size"] else 0
     if kv_heads:
         narrow["num_key_value_heads"] = HEADS if kv_heads == heads else 1

@@ -1,10 +1,10 @@
-"""Layers that pass their attention a mask and no keyword arguments: the metadata go as the mask.
+"""Passes metadata in place of the mask, for layers that pass no keyword arguments to attention.
 
 Most layers of transformers pass the keyword arguments of the model's call on to their attention.
-Some drop them (StableLM, Nemotron); what they pass is the mask, and a model with mixers has none.
-Nothing is remembered between calls, so a checkpointed layer runs again as it did. A model that
-does not even pass them to its base model (Mamba2) is outside of all layers: it sets them on the
-base model while it is called.
+Some drop them (StableLM, Nemotron); but they pass a mask, which a model with mixers does not need.
+Nothing is kept between calls, so a checkpointed layer runs again as it did. A model that does not
+even pass them to its base model (Mamba2) is outside of all layers: it sets them on the base model
+while it is called.
 """
 
 import inspect
@@ -31,16 +31,16 @@ def mask_argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def mask_index(module: nn.Module) -> int | None:
-    """Where the mask stands among the arguments of a module's forward; None if it takes none."""
+    """The index of the mask among the arguments of a module's forward; None if it takes none."""
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     return names.index(MASK) if MASK in names else None
 
 
 def pass_metadata_as_mask(name: str, layer: nn.Module) -> None:
-    """Let a layer, or a model, pass on the metadata of its batch where it passes on a mask."""
+    """Make a layer, or a model, pass on the metadata of its batch where it passes on a mask."""
     is_layer = any(part.isdigit() for part in name.split("."))
     if not is_layer and _makes_masks(layer):
-        # No layer, but a model that passes its layers the mask that it makes.
+        # A model, not a layer, that passes its layers a mask which it makes itself.
         wrap_forward(layer, _set_for_masks)
         return
     vars(layer)[_INDEX] = mask_index(layer)
@@ -68,7 +68,7 @@ def _replace_mask(layer: nn.Module, forward: Callable[..., Any], *args: Any, **k
 
 
 class MetadataAsMask(BatchMetadata):
-    """The metadata of a batch in the place of a mask."""
+    """The metadata of a batch, in place of a mask."""
 
     def __init__(self, batch: BatchMetadata) -> None:
         vars(self).update(vars(batch))
@@ -99,7 +99,7 @@ def metadata_of_config(config: Any) -> Any:
 
 
 def pass_metadata_to_base(model: Any) -> None:
-    """Let a model pass the metadata of its batch to its base model."""
+    """Make a model pass the metadata of its batch to its base model."""
     wrap_forward(model.base_model, _take_from_base)
     wrap_forward(model, _set_on_base)
 

@@ -1,8 +1,8 @@
-"""Find where tokens meet in a model written elsewhere: by running it, not by reading names.
+"""Finds where tokens meet in a model written elsewhere: by running it, not by reading names.
 
 A module is run again with some tokens of its input changed: the one in the middle, then the first
-and the last. If its output at another token moves, or one that belongs to no token, tokens meet
-in it; and on a sharded sequence, any such module that no plan claims would see its own shard only.
+and the last. If its output changes at another token, or an output without a token dim does, tokens
+meet in it; on a sharded sequence, any such module that no plan claims would only see its own shard.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,21 +21,21 @@ RunModel = Callable[[], object]
 
 
 PROBED, FEWEST, MOST = 37, 16, 999
-"""Tokens that a model is run with: as many as the first that it has positions for, or fewer."""
+"""How many tokens a model is run with: PROBED or more if it has positions for them, else fewer."""
 
 
 def probe_length(model: nn.Module, *, longer: bool = False, most: int | None = None) -> int:
     """Tokens to run a model with, such that a dim of this size can only be the sequence.
 
     Args:
-        longer: another number than without, for a second sequence.
+        longer: a number other than the default one, for a second sequence.
         most: as many positions as the model has learned; None: any number.
     """
     sizes = {size for x in (*model.parameters(), *model.buffers()) for size in x.shape}
     more = range(PROBED, min(most or MOST, MOST) + 1, 2)
     fewer = range(min(most or MOST, PROBED - 1), FEWEST - 1, -1)
     lengths = [length for length in (*more, *fewer) if length not in sizes]
-    # One with fewer positions cannot be run, and its error says so.
+    # A model with fewer positions cannot be run, and its own error says so.
     return [*lengths, PROBED, PROBED + 2][int(longer)]
 
 
@@ -80,7 +80,7 @@ def find_mixing(model: nn.Module, run: RunModel, seq_len: int, *, pools: bool = 
                 changed_out = module.forward(*changed_args, **changed_kwargs)
                 by_token = pools and module is model
                 moved = moved or _moved(out, changed_out, seq_len, tokens, by_token=by_token)
-            # What it leaves for layers behind it (shared keys and values), left as it was.
+            # Run it as it was, for what it leaves to later layers (shared keys and values).
             module.forward(*args, **kwargs)
         finally:
             replaying = False
@@ -91,8 +91,8 @@ def find_mixing(model: nn.Module, run: RunModel, seq_len: int, *, pools: bool = 
         for module in names:
             hooks.enter_context(module.register_forward_hook(replay, with_kwargs=True))
         run()
-    # A router that sorts the tokens of a row mixes them; where they come back as they went, the
-    # module around it does not. Of what makes nothing of so few, no module shows the effect.
+    # A router that sorts the tokens of a row mixes them; the module around it, which puts them
+    # back, does not. Modules that pool more tokens than there are give nothing that could show it.
     shown = [name for name in mixing if name not in pooling]
     undone = {name for name in shown if _called_around(name, called) not in (None, *mixing)}
     mixing = [name for name in mixing if name not in undone]
@@ -100,16 +100,16 @@ def find_mixing(model: nn.Module, run: RunModel, seq_len: int, *, pools: bool = 
 
 
 def _called_around(name: str, called: set[str]) -> str | None:
-    """The innermost module around one that is called; None for the model itself."""
+    """The innermost called module around this one; None for the model itself."""
     around = [other for other in called if _inside(name, other)]
     return max(around, key=len, default=None)
 
 
 @contextmanager
 def calls(model: nn.Module, kind: type[nn.Module] = nn.Module) -> Iterator[list[str]]:
-    """Inside, the names of the modules of a kind that are being run, the innermost last.
+    """Yields the names of the modules of a kind that are running, the innermost last.
 
-    After an error they are those that it was raised in.
+    After an error they are those in which it was raised.
     """
     running: list[str] = []
 
@@ -129,9 +129,9 @@ def calls(model: nn.Module, kind: type[nn.Module] = nn.Module) -> Iterator[list[
 
 @contextmanager
 def mixers_without_mixing(model: nn.Module) -> Iterator[list[str]]:
-    """Inside, every mixer of dtcp hands each token its own operands; yields the mixers' names.
+    """Inside, every mixer of dtcp gives each token its own operands; yields the mixers' names.
 
-    Where tokens still meet, they meet outside of mixers, on the way to any operand of one.
+    If tokens still meet, they meet outside of mixers, on the way to any operand of one.
     """
     mixers = {name: m for name, m in model.named_modules() if isinstance(m, Mixer)}
     for mixer in mixers.values():
@@ -144,7 +144,7 @@ def mixers_without_mixing(model: nn.Module) -> Iterator[list[str]]:
 
 
 def _own_operands(mixer: Mixer, *args: Any, **kwargs: Any) -> Tensor:
-    """A mixer's output without mixing, and what its other operands bring for the same token."""
+    """A mixer's output without mixing, plus a share of its other operands for the same token."""
     out = mixer.forward_without_mixing(*args, **kwargs)
     for x in tensors((args, kwargs)):
         if x.is_floating_point() and x.shape[:2] == out.shape[:2]:
@@ -154,9 +154,9 @@ def _own_operands(mixer: Mixer, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def own_operands(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of a token to itself alone, and what its query and its key bring: [B, L, H, V].
+    """Attention of a token to itself alone, plus a share of its query and key: [B, L, H, V].
 
-    Where tokens meet on the way to any of the three, they meet in what comes of it.
+    If tokens meet on the way to any of the three, they meet in the result.
 
     Args:
         q: [B, L, H, D].
@@ -185,7 +185,7 @@ def tensors(value: object) -> list[Tensor]:
 
 
 def _seq_dim(x: Tensor, seq_len: int) -> int | None:
-    """The one dim as long as the sequence; there is one row, so a dim of all tokens is one, too."""
+    """The one dim as long as the sequence; as there is one row, a dim of all tokens counts, too."""
     dims = [dim for dim, size in enumerate(x.shape) if size == seq_len]
     return dims[0] if len(dims) == 1 else None
 
@@ -225,7 +225,7 @@ def _change_tokens(x: Tensor, seq_len: int, tokens: Sequence[int]) -> Tensor:
 def _moved(
     out: object, changed_out: object, seq_len: int, tokens: Sequence[int], *, by_token: bool
 ) -> bool:
-    """Whether an output differs at any token but the changed ones, or is of no token and differs.
+    """Whether an output differs at any unchanged token, or differs and has no token dim.
 
     Args:
         by_token: look at outputs of tokens only.
@@ -238,7 +238,7 @@ def _moved(
 
 
 def _pools_too_few(out: object, given: object, seq_len: int) -> bool:
-    """Whether nothing comes of a sequence: windows of it are longer than what is run."""
+    """Whether a sequence gives an empty output: its windows are longer than what is run."""
     empty = any(
         x.is_floating_point() and x.numel() == 0 and seq_len not in x.shape for x in tensors(out)
     )

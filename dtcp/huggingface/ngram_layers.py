@@ -1,7 +1,7 @@
-"""Layers of transformers that look n-grams up and convolve what they find: Qwen4's PLE.
+"""Layers of transformers that look up n-grams and convolve their embeddings: Qwen4's PLE.
 
-A token reads the ids of the ones before it, and then features of them at a distance; their forward
-is written again, by the name of the class, with both as convolutions over its document.
+A token reads the ids of the tokens before it, and then features of tokens at a distance. The
+forward is rewritten, by the name of the class, with both as convolutions over the document.
 """
 
 import math
@@ -53,7 +53,7 @@ def _ngram_ids(table: Any, ids: Tensor, before: Tensor) -> Tensor:
         before: [B, L, N - 1], ids of the tokens before, that of the next one first.
     """
     end, heads = table.eos_token_id, table.heads_per_ngram
-    # Nothing is read behind the end of a text.
+    # Nothing is read from before the end of an earlier text.
     before = torch.where((before != end).cumprod(-1).bool(), before, end)
     first, *factors = table.layer_multipliers.unbind()
     mixed, rows = ids * first, []

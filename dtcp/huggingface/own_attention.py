@@ -1,7 +1,7 @@
-"""Attention that a model of transformers writes out by itself, sent through the registry after all.
+"""Sends attention that a transformers model writes out itself through the attention registry.
 
-The forward of such a module is written again, up to the call of attention: by the name of its
-class, and held against the one that it stands for.
+The forward of such a module is rewritten up to the attention call, by the name of its class; tests
+compare it with the original.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,12 +24,12 @@ CODEGEN_PARTS = 4
 
 
 def own_attentions(model: nn.Module) -> list[Any]:
-    """Modules whose forward is written again here."""
+    """Modules whose forward is rewritten here."""
     return [m for m in model.modules() if written_again(m) is not None]
 
 
 def written_again(module: nn.Module) -> Callable[..., Any] | None:
-    """The forward that is written here for a module's own; None where there is no need of one.
+    """The rewritten forward of a module; None where it is not needed.
 
     GPT-J and CodeGen attend by the registry from transformers 5.24 on, without a table each.
     """
@@ -39,10 +39,10 @@ def written_again(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def implementations(model: Any) -> list[Any]:
-    """Configs that name how such modules attend: they may have none, but models around them do.
+    """Configs that choose the attention of such modules, which may have none of their own.
 
-    And copies of a model's config, of layers that peft has copied (`modules_to_save`,
-    `layer_replication`), which do not hear of what is chosen for the model.
+    And copies of a model's config, in layers that peft has copied (`modules_to_save`,
+    `layer_replication`): what is chosen for the model does not reach them.
     """
     from transformers import PreTrainedModel
 
@@ -55,7 +55,7 @@ def implementations(model: Any) -> list[Any]:
 
 
 def use_registry(model: Any, module: nn.Module) -> None:
-    """Let a module of a model call attention by the name in the config."""
+    """Make a module of a model call attention by the name in the config."""
     vars(module)[CONFIG] = model.config
     for each in _with_own_alibi(model):
         each.use_alibi = False
@@ -64,10 +64,9 @@ def use_registry(model: Any, module: nn.Module) -> None:
 
 
 def own_values(module: Any) -> dict[str, Any]:
-    """What the forward that is written again reads of its module, beside what it has.
+    """What a rewritten forward needs on its module, beside what the module has.
 
-    That is the function that turns queries and keys by their positions, a slope for each head, and
-    the parts of CodeGen's projection.
+    That is the rotary function, a slope for each head, and the parts of CodeGen's projection.
     """
     if type(module).__name__ in PICKING:
         return own_values_of_picking(module)
@@ -86,12 +85,12 @@ def own_values(module: Any) -> dict[str, Any]:
 
 
 def looked_up_in(module: nn.Module) -> Any:
-    """The config by whose name a module looks its attention up; None where it keeps none."""
+    """The config whose name a module uses to look its attention up; None if it has none."""
     return vars(module).get(CONFIG, getattr(module, "config", None))
 
 
 def use_own(model: Any, module: nn.Module) -> None:
-    """Give a module of a model the forward of its class back."""
+    """Restore the forward of a module's class."""
     for each in _with_own_alibi(model):
         each.use_alibi = each.config.alibi
     for name in own_values(module):
@@ -100,7 +99,7 @@ def use_own(model: Any, module: nn.Module) -> None:
 
 
 def _with_own_alibi(model: Any) -> list[Any]:
-    """Models that add ALiBi to their mask, of all pairs of tokens."""
+    """Models that add ALiBi to a mask of all pairs of tokens."""
     return [m for m in model.modules() if type(m).__name__ == "FalconModel"]
 
 
@@ -199,7 +198,7 @@ def _gptjs_heads(module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Te
 def _turned(
     module: Any, q: Tensor, k: Tensor, v: Tensor, positions: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, L, H, D] -> [B, H, L, D], queries and keys turned in some of their channels: GPT-J's."""
+    """[B, L, H, D] -> [B, H, L, D], some channels of queries and keys rotated, as GPT-J does."""
     table = module.embed_positions.to(q.device)
     sin, cos = table[positions].to(q.dtype).chunk(2, dim=-1)
     width = module.rotary_dim or q.shape[-1]
@@ -212,7 +211,7 @@ def _turned(
 
 
 def _slopes(module: Any, q: Tensor) -> Tensor:
-    """In the place of ALiBi for every key: [H], a slope for each head that the module computes."""
+    """Instead of ALiBi for every key: [H], a slope for each head that the module computes."""
     slopes: Tensor = module.dtcp_slopes
     return slopes.to(q.device, non_blocking=True)
 

@@ -1,4 +1,4 @@
-"""Code that somebody else wrote: how it is found, and what it raises, said in a sentence."""
+"""Other people's code: how it is imported, and what it raises, put in a sentence."""
 
 import importlib
 import traceback
@@ -11,12 +11,12 @@ from torch import nn
 
 
 class ModelRefused(ValueError):
-    """What a model cannot do, in a sentence that names the place."""
+    """A sentence that says what a model cannot do, and where."""
 
 
 @contextmanager
 def own_errors(did: str, remedy: str) -> Iterator[None]:
-    """Say in a sentence what a model of somebody else raises by itself.
+    """Put what other people's code raises in a sentence.
 
     Raises:
         ValueError: whatever is raised inside.

@@ -1,7 +1,7 @@
-"""Models of transformers that read off their ids which tokens are padding, a mask or none.
+"""Models of transformers that read off token ids which tokens are padding, even without a mask.
 
-Some count positions past them (M2M100), some make a mask of them where they are given none
-(T5Gemma). A shard does not hold what stands before it, so this is read where rows are whole.
+Some count positions without them (M2M100), some make a mask of them if they are given none
+(T5Gemma). A shard does not have the tokens before it, so this is read while rows are whole.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ _RULE = "dtcp_padding_ids"
 
 @dataclass(frozen=True)
 class PaddingIds:
-    """What a model makes of tokens with the id of padding.
+    """How a model treats tokens with the padding id.
 
     Args:
         token: the id.
@@ -31,13 +31,13 @@ class PaddingIds:
 
 
 def padding_token(model: Any, *, decoder: bool = False) -> int | None:
-    """The id of padding in a model's text config; None where it says none, or has no such field."""
+    """The padding id of a model's text config; None if it has none, or no such field."""
     token: int | None = getattr(model.config.get_text_config(decoder=decoder), "pad_token_id", None)
     return token
 
 
 def install_padding_ids(model: Any, *, hidden: bool, uncounted: bool) -> None:
-    """Note what a model makes of padding, for the batches that are cut for it."""
+    """Record how a model treats padding, for the batches that are sharded for it."""
     token = padding_token(model, decoder=True)
     vars(model)[_RULE] = (
         PaddingIds(token, hidden, uncounted)
@@ -47,12 +47,12 @@ def install_padding_ids(model: Any, *, hidden: bool, uncounted: bool) -> None:
 
 
 def padding_ids(model: Any) -> PaddingIds | None:
-    """The rule of a model of parallelize_hf; None if padding is what a batch says of it."""
+    """The rule of a model of parallelize_hf; None if only the batch says what is padding."""
     return getattr(model, _RULE, None)
 
 
 def with_padding_of_ids(given: Mapping[str, Any], model: Any, part: str) -> dict[str, Any]:
-    """Rows with the mask that their model would make of them, where it would.
+    """Rows with the mask that their model would make for them, if it would.
 
     Args:
         given: input_ids and what tells documents.

@@ -1,6 +1,6 @@
 """Attention of transformers to the tokens that an indexer picks: DeepSeek-V3.2's and its like.
 
-Their forward makes a mask of all pairs of tokens of what was picked. It is written again, up to the
+Their forward turns what was picked into a mask of all pairs of tokens. It is rewritten up to the
 calls of the indexer's mixer and of attention, which reads the latents of what was picked. Families
 differ in how they make queries, latents and a gate (picking_forms.py), not in what they pick.
 """
@@ -19,7 +19,7 @@ from dtcp.huggingface.picking_forms import FORM, FORMS, INDEX_ROPE, PickingForm
 from dtcp.kernels.dtypes import accumulation
 
 Latents = MutableMapping[str, tuple[Tensor, Tensor]]
-"""Of layers whose latents others read: [B, 1, L, C] and turned rotary keys, by their kind."""
+"""Latents that other layers read, [B, 1, L, C], and rotated rotary keys, by kind."""
 
 Tables = tuple[Tensor, ...]
 """Cosines and sines of positions; nothing where no channel is turned."""
@@ -41,7 +41,7 @@ def _attend_to_picked(
     check_no_cache(self, kwargs)
     form, tables = getattr(self, FORM), position_embeddings or ()
     if form.pools:
-        # One of padding, [B, L], of which the model makes one of ones where it is given none.
+        # A padding mask, [B, L]: the model makes one of ones if it is given none.
         attention_mask = None
     residual, q, gate = form.queries(self, hidden_states)
     if form.scales_queries:
@@ -132,7 +132,7 @@ def _index_operands(
         q, cast = as_autocast_casts(q, key)
         # Pooled before they are.
         key = key if getattr(module, FORM).pools else cast
-        # So it may this one.
+        # transformers may keep this one in fp32, too.
         weight = indexer.weights_proj(hidden_states.to(indexer.weights_proj.weight.dtype))
         weight = weight.to(accumulation(weight.dtype))
         # Of products and of heads; both are positive, so that relu may come first.
@@ -142,7 +142,7 @@ def _index_operands(
 
 @torch.no_grad()
 def _pool_weights(indexer: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    """What an indexer weighs keys in a pool by: of each token [B, L, D], of its place [N, D]."""
+    """By what an indexer weighs the keys of a pool: per token [B, L, D], per place [N, D]."""
     made = indexer.index_kpool_compress_gate, indexer.index_kpool_compress_ape
     of_tokens, of_places = (x.to_local() if isinstance(x, DTensor) else x for x in made)
     return F.linear(hidden_states, of_tokens), of_places

@@ -1,4 +1,4 @@
-"""How families whose indexers pick tokens make queries, latents and gates of what a layer is given.
+"""How families whose indexers pick tokens make queries, latents and gates from a layer's input.
 
                     queries of                           beside              rotary channels: index
     DeepSeek-V3.2   the residual                                             halves, first
@@ -84,7 +84,7 @@ def _dots3_latents(module: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class PickingForm:
-    """What is a family's own.
+    """What differs between families.
 
     Args:
         rope, index_rope: names of the functions that turn queries and keys, and the indexer's.

@@ -1,4 +1,4 @@
-"""Let transformers' layers run by torch's own operations: kernels for GPUs do not run on a CPU."""
+"""Makes transformers' layers use plain torch operations: GPU kernels do not run on a CPU."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -7,7 +7,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 KERNEL_PACKAGES = ("fla", "causal_conv1d", "mamba_ssm")
-"""What transformers binds when a model's module is imported, whether or not there is a GPU."""
+"""What transformers uses where it can be imported, whether or not there is a GPU."""
 
 
 @contextmanager

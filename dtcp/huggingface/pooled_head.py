@@ -1,8 +1,8 @@
-"""Heads that give one output per row: found by running the model, and spread by a mixer.
+"""Heads that give one output per row: found by running the model, and followed by a mixer.
 
-Which module is the head, and which token it reads, is tried and not read from names: rows of
-several lengths are run, and what the model gives for a row has to be what one of its own modules
-gave for the row's last token.
+Which module is the head, and which token it reads, is tested, not read from names: rows of several
+lengths are run, and the model's output for a row has to equal what one of its modules gave for the
+row's last token.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ class PooledHead:
 
 
 def outputs_of_rows(out: object, seq_len: int, memory_len: int = 0) -> list[Tensor]:
-    """What a model that ran on one row of seq_len tokens gave for no token of it.
+    """The outputs without a token dim of a model that ran on one row of seq_len tokens.
 
     Args:
         memory_len: tokens of the encoder's row; 0 without one.
@@ -75,10 +75,10 @@ def find_pooled_head(
 
 
 def install_pooled_head(model: nn.Module, head: PooledHead) -> None:
-    """Let the mixer stand behind the head, and see each batch that the model is called with."""
+    """Put the mixer after the head, and show it each batch that the model is called with."""
     module = model.get_submodule(head.name)
     module.add_module(registry.MIXER, LastToken(head.pad_token_id))
-    # Nothing is compiled here, and a style of tensor parallelism may replace the forward.
+    # A hook, as nothing is compiled here, and tensor parallelism may replace the forward.
     module.register_forward_hook(_spread)
     wrap_forward(model, _read_batch)
 
@@ -89,7 +89,7 @@ def last_token_mixer(model: nn.Module) -> LastToken | None:
 
 
 def check_last_tokens(input_ids: Tensor, documents: Documents, pad_token_id: int | None) -> None:
-    """Refuse rows whose last token is another one by the ids than by the padding.
+    """Refuse rows whose last token differs between ids and padding.
 
     Args:
         input_ids: [B, S].
@@ -106,7 +106,7 @@ def check_last_tokens(input_ids: Tensor, documents: Documents, pad_token_id: int
 
 
 def check_pad_token(model: Any, head: LastToken) -> None:
-    """Refuse another padding token than the one by which the head was found, as TRL may set it."""
+    """Refuse a padding token other than at the time the head was found: TRL may set one."""
     pad_token_id = padding_token(model)
     if pad_token_id != head.pad_token_id:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Sines of positions in models that count their tokens by ids: fairseq's, in M2M100 and its kin.
+"""Sinusoidal positions of models that count tokens by ids: fairseq's, as in M2M100 and its kin.
 
-Such a module takes ids and no positions: it counts those that are no padding, from behind the
-number of padding. On a mesh it is handed the positions of the batch, and computes what its table
-holds for them, for rows of any length.
+Such a module takes ids instead of positions: it counts those that are not padding, starting after
+the padding id. On a mesh it is given the positions of the batch, and computes what its table would
+hold for them, for rows of any length.
 """
 
 import inspect
@@ -17,7 +17,7 @@ COUNTS = "create_position_ids_from_input_ids"
 
 
 def is_position_table(module: nn.Module) -> bool:
-    """Whether a module counts positions by ids, and looks sines up for them."""
+    """Whether a module counts positions by ids and looks up sines for them."""
     parameters = inspect.signature(type(module).forward).parameters
     parts = (COUNTS, "get_embedding", "padding_idx", "weights", "embedding_dim")
     return all(hasattr(module, each) for each in parts) and "position_ids" not in parameters

@@ -1,10 +1,10 @@
-"""How a model of transformers comes by the positions of its tokens, and how it is given a shard's.
+"""How a model of transformers gets the positions of its tokens, and is given those of a shard.
 
 A batch counts each document from 0. Some models count from another number (RoBERTa and its kin,
-from behind the padding's), and some do not take positions at all: they count their input from its
-start (BART's decoder and its kin), and a shard does not start where its row does. In both cases
-the module that looks positions up takes them as an argument, and is handed those of the batch; one
-that takes ids instead is replaced (position_tables.py).
+after the padding id), and some do not take positions at all: they count their input from its start
+(BART's decoder and its kin), and a shard does not start where its row does. In both cases the
+module that looks positions up takes them as an argument, and is given those of the batch; one that
+takes ids instead is replaced (position_tables.py).
 """
 
 import inspect
@@ -87,12 +87,12 @@ def longest(model: nn.Module, offset: int | None, inside: str = "") -> int | Non
 
 
 def note_longest(model: nn.Module, positions: Positions, inside: str = "") -> None:
-    """Note how many positions a model has learned, to refuse longer documents."""
+    """Record how many positions a model has learned, to refuse longer documents."""
     vars(model)[_LONGEST] = longest(model, positions.offset, inside)
 
 
 def check_longest(rows: Rows, model: nn.Module) -> None:
-    """Refuse tokens beyond the positions that their model has, before ranks look them up.
+    """Refuse tokens beyond the positions that the model has learned, before ranks look them up.
 
     Raises:
         ValueError: naming the row.
@@ -123,7 +123,7 @@ def check_longest(rows: Rows, model: nn.Module) -> None:
 
 @contextmanager
 def reading_positions(model: nn.Module, positions: Positions) -> Iterator[None]:
-    """Inside, readers of positions are handed those of the batch, where there are any."""
+    """Inside, readers of positions get those of the batch, if there are any."""
     readers = [model.get_submodule(name) for name in positions.readers]
     for reader in readers:
         vars(reader)[_RULE] = positions, False, _index(reader)
@@ -138,7 +138,7 @@ def reading_positions(model: nn.Module, positions: Positions) -> Iterator[None]:
 
 
 def install_positions(model: nn.Module, positions: Positions) -> None:
-    """Let the readers of positions be handed those of the batch, and refuse calls without."""
+    """Give readers of positions those of the batch, and refuse calls without."""
     for name in positions.readers:
         reader = model.get_submodule(name)
         vars(reader)[_RULE] = positions, True, _index(reader)
@@ -186,7 +186,7 @@ def call_with_positions(
 
 
 def _index(reader: nn.Module) -> int | None:
-    """Where positions stand among the arguments of a reader's forward; None if it takes ids."""
+    """The index of positions among the arguments of a reader's forward; None if it takes ids."""
     if is_position_table(reader):
         return None
     return list(inspect.signature(type(reader).forward).parameters).index(KEY) - 1

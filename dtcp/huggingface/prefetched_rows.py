@@ -1,6 +1,6 @@
-"""Rows of a data loader prefetched: laid out in a thread, while the step before them runs.
+"""Prefetches rows of a data loader: shards them in a thread, while the step before runs.
 
-A loop knows nothing of it: rows are recognized where the model is called with them.
+The training loop is not involved: rows are recognized when the model is called with them.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from dtcp.batch import PreparedBatch
 
 @dataclass(frozen=True)
 class _Coming:
-    """What some rows are being made into, and how often each tensor had been written to before."""
+    """Rows in preparation, and how often each of their tensors had been written to before."""
 
     rows: Mapping[str, Any]
     changes: Mapping[str, int]
@@ -53,10 +53,10 @@ class PrefetchedRows:
         self._coming.append(_Coming(rows, changes, self._thread.submit(self._prepare, rows)))
 
     def take(self, rows: Mapping[str, Any]) -> Callable[[], PreparedBatch] | None:
-        """What gives these rows prepared; None where they have not been started.
+        """A function that returns these rows prepared; None if they have not been started.
 
-        A loop that makes other rows of those of its loader, as for a preference loss, would have
-        all of them prepared in vain: then no more are.
+        If a loop calls the model with other rows than its loader's, as for a preference loss, none
+        are prepared any more: it would be in vain.
         """
         for index, coming in enumerate(self._coming):
             if coming.is_of(rows):
