@@ -69,10 +69,10 @@ def _outcome(report: CheckReport) -> Outcome:
     failures = sorted({name for run in report.runs for name in report.failures(run)})
     return Outcome(
         "passed" if report.passed else "failed",
-        ", ".join(failures),
-        float(f"{worst:.0e}"),
-        runs[0].kinds,
-        runs[0].packed,
+        reason=", ".join(failures),
+        error=float(f"{worst:.0e}"),
+        mixers=runs[0].kinds,
+        packed=runs[0].packed,
     )
 
 

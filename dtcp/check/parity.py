@@ -116,8 +116,16 @@ def compare(
     claims = {name: _claim(mixer) for name, mixer in _mixers(model) if mixer.style is not None}
     kinds = tuple(sorted({kind for _, mixer in _mixers(model) for kind in _kinds(mixer)}))
     packed = len(rows[0].documents.lengths[0]) > 1
-    calls = dict(others.calls)
-    return ParityResult(errors, traffic.by_op, by_layer, graphs, calls, claims, kinds, packed)
+    return ParityResult(
+        errors,
+        by_op=traffic.by_op,
+        by_layer=by_layer,
+        graphs=graphs,
+        elsewhere=dict(others.calls),
+        claims=claims,
+        kinds=kinds,
+        packed=packed,
+    )
 
 
 def seeded(checked: CheckedModel) -> Any:

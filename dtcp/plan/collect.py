@@ -80,8 +80,14 @@ def collect(folder: Path) -> Collected:
             f"A sweep is collected from its runs' logs, got none in {folder}: run {RUNS} first."
         )
     cluster = Cluster(**plan["cluster"])
-    model, documents = plan["model"], plan["documents"]
-    return Collected(model, documents, cluster, refit(cluster, runs), tuple(runs), tuple(missing))
+    return Collected(
+        plan["model"],
+        plan["documents"],
+        cluster=cluster,
+        refitted=refit(cluster, runs),
+        runs=tuple(runs),
+        missing=tuple(missing),
+    )
 
 
 def _plan_of(folder: Path) -> dict[str, Any]:

@@ -188,8 +188,14 @@ def forecast_row(subject: Subject, setup: Setup, chosen: Sequence[int]) -> RowFo
         with fake_ranks(degrees.cp, rank):
             groups = _groups_here(step, _row_mesh(Degrees(cp=degrees.cp)))
             forecasts.append(_rank_forecast(step, rank, metadata_of(step, rank), groups))
-    lines, layout = tuple(_style_lines(step)), step.sharded.layout
-    return RowForecast(step.numbers(), tuple(forecasts), experts, lines, tuple(said), layout)
+    return RowForecast(
+        step.numbers(),
+        tuple(forecasts),
+        experts=experts,
+        styles=tuple(_style_lines(step)),
+        warnings=tuple(said),
+        layout=step.sharded.layout,
+    )
 
 
 def _row_mesh(degrees: Degrees, ranks_per_node: int = 0) -> ParallelMesh:
@@ -253,15 +259,15 @@ def assembled(subject: Subject, setup: Setup, row: RowForecast) -> Forecast:
     return Forecast(
         subject.name,
         setup,
-        by_axis,
-        row.ranks,
-        matmuls,
-        step.parameters,
-        peak_memory(step, setup),
-        row.experts,
-        row.styles,
-        row.warnings,
-        row.layout,
+        by_axis=by_axis,
+        ranks=row.ranks,
+        matmul_flops=matmuls,
+        parameters=step.parameters,
+        memory=peak_memory(step, setup),
+        experts=row.experts,
+        styles=row.styles,
+        warnings=row.warnings,
+        layout=row.layout,
     )
 
 

@@ -236,14 +236,14 @@ class _Walk:
         """Keep the moment if it is the fullest."""
         for moment in moments:
             now = PeakMemory(
-                self.parameters,
-                moment.gradients,
-                self.optimizer,
-                self.kept if kept is None else kept,
-                workspace,
-                moment.gathered,
-                self.inputs,
-                f"{'backward' if place.backward else 'forward'} of {place.part}",
+                parameters=self.parameters,
+                gradients=moment.gradients,
+                optimizer=self.optimizer,
+                activations=self.kept if kept is None else kept,
+                workspace=workspace,
+                gathered=moment.gathered,
+                inputs=self.inputs,
+                where=f"{'backward' if place.backward else 'forward'} of {place.part}",
             )
             if now.total > self.most.total:
                 self.most = now

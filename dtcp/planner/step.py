@@ -62,8 +62,14 @@ class TracedStep(StepNumbers):
 
     def numbers(self) -> StepNumbers:
         """The numbers alone, without what is large: the model, and the calls of its ops."""
-        trace = replace(self.trace, calls=[])
-        return StepNumbers(trace, self.kinds, self.units, self.inputs, self.parameters, self.axes)
+        return StepNumbers(
+            replace(self.trace, calls=[]),
+            self.kinds,
+            units=self.units,
+            inputs=self.inputs,
+            parameters=self.parameters,
+            axes=self.axes,
+        )
 
 
 @dataclass(frozen=True)
@@ -140,13 +146,13 @@ def trace_step(subject: Subject, mesh: ParallelMesh, setup: Setup) -> TracedStep
     return TracedStep(
         trace,
         kinds,
-        placed.units(setup, mesh.experts, reached),
-        inputs,
-        _whole(model, kinds),
-        axes_of(mesh),
-        model,
-        sharded,
-        groups,
+        units=placed.units(setup, mesh.experts, reached),
+        inputs=inputs,
+        parameters=_whole(model, kinds),
+        axes=axes_of(mesh),
+        model=model,
+        sharded=sharded,
+        groups=groups,
     )
 
 

@@ -92,10 +92,10 @@ def setup_of(
     return Setup(
         degrees,
         documents,
-        layout,
-        attention,
-        kept_by_blocks(config),
-        precision_of(config.training),
+        layout=layout,
+        attention=attention,
+        checkpoint=kept_by_blocks(config),
+        precision=precision_of(config.training),
         reshard=config.parallelism.fsdp_reshard_after_forward != "never",
     )
 
