@@ -1,8 +1,8 @@
 """Layers with quantized weights (QLoRA): whole on every rank, frozen, and one token at a time.
 
-A linear layer reads one token at a time. So a rank that has it whole computes for its own tokens
-what one device computes for them, in whatever way weights are stored. Nothing here knows a library:
-a layer is looked at, and tried on a few tokens.
+A linear layer reads one token at a time, so a rank that has it whole computes for its own tokens
+what one device computes for them, however weights are stored. Nothing here knows a particular
+library: a layer is inspected, and tried on a few tokens.
 """
 
 import re
@@ -19,12 +19,12 @@ from torch.nn.parameter import is_lazy
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FP32 = torch.zeros(())
 TOKENS, CHANGED, FACTOR = 16, 2, 100.0
-"""Of a trial: one token is made so much larger that a scale, or a choice, of all would show it."""
+"""Of a trial: one token is made so much larger that a scale or choice shared by all would show."""
 
 
 def is_quantized(x: Tensor) -> bool:
-    """Whether a parameter is no plain tensor of numbers: of another dtype, or of a class with its
-    own storage, as bitsandbytes has under `bnb_4bit_quant_storage`."""
+    """Whether a parameter is not a plain float tensor: of another dtype, or of a class with its own
+    storage, as bitsandbytes has under `bnb_4bit_quant_storage`."""
     if isinstance(x, DTensor) or is_lazy(x):
         return False
     of_own_class = type(x) is not nn.Parameter and nn.Parameter in type(x).__mro__
@@ -47,7 +47,7 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def weights_kept_whole(model: nn.Module) -> set[nn.Parameter]:
-    """What every rank has whole: the parameters of layers with quantized weights, all frozen."""
+    """Frozen parameters of layers with quantized weights, which every rank keeps whole."""
     layers = quantized_layers(model).values()
     return {x for layer in layers for x in layer.parameters(recurse=False) if not x.requires_grad}
 
@@ -73,10 +73,10 @@ def run_in_training_mode(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def keep_unpacked(model: nn.Module) -> None:
-    """Let 4-bit layers of bitsandbytes (0.50) on CPUs with AVX512-BF16 stay as they are stored.
+    """Keep 4-bit layers of bitsandbytes (0.50) as they are stored on CPUs with AVX512-BF16.
 
-    They would pack their weights in the first evaluation, for good: training would then go on in
-    bf16, and hand no gradient back, without a word.
+    In the first evaluation they would repack their weights for good: training would then go on in
+    bf16 and silently pass no gradient back.
     """
     for layer in quantized_layers(model).values():
         if hasattr(layer, _PACKS):
@@ -91,13 +91,13 @@ def _train(layer: nn.Module, _: Any) -> None:
 
 
 def tensors_held(layer: nn.Module) -> list[Tensor]:
-    """What a layer's weight is made of, with scales and the like: plain tensors."""
+    """The plain tensors that a layer's weight consists of, scales and the like included."""
     state = layer.state_dict()
     return [part for x in state.values() if isinstance(x, Tensor) for part in _plain(x)]
 
 
 def quantized_problems(model: Any) -> Iterator[str]:
-    """Why a model's quantized weights are not carried out here, in sentences."""
+    """Why a model's quantized weights are not supported, in sentences."""
     name, layers = type(model).__name__, quantized_layers(model)
     method = getattr(model, "quantization_method", None)
     kind = f" ({getattr(method, 'value', method)})" if method else ""
@@ -122,7 +122,7 @@ def quantized_problems(model: Any) -> Iterator[str]:
 
 
 def _own_numbers(layer: nn.Module) -> str:
-    """What refuses parameters of whole numbers that are no quantized weight; empty without any."""
+    """Why integer parameters that are not quantized weights are refused; empty without any."""
     plain = {key: x for key, x in layer.named_parameters(recurse=False) if type(x) is nn.Parameter}
     numbers = [key for key, x in plain.items() if not (x.dtype in FLOATS or x.is_complex())]
     weight = plain.get("weight", layer)
@@ -152,7 +152,7 @@ def _is_linear(module: Any) -> bool:
 
 
 def _problem(layer: Any, like: Tensor) -> str:
-    """What keeps a layer from being whole on every rank; empty if nothing does.
+    """Why a layer cannot be kept whole on every rank; empty if it can.
 
     Args:
         like: a parameter of the model, of the device and dtype of what layers read.
@@ -183,7 +183,7 @@ def _problem(layer: Any, like: Tensor) -> str:
 def _problem_of_trial(layer: Any, like: Tensor) -> str:
     """Run a layer forward and backward on a few tokens, again, and with one of them changed."""
     generator = torch.Generator().manual_seed(0)
-    # Whatever device new tensors are on: the generator is the host's.
+    # On the CPU whatever the default device is, as the generator is.
     by_host = partial(torch.randn, generator=generator, device="cpu")
     x = by_host(1, TOKENS, layer.in_features)
     out_grad = by_host(1, TOKENS, layer.out_features)
@@ -192,7 +192,7 @@ def _problem_of_trial(layer: Any, like: Tensor) -> str:
     try:
         with run_in_training_mode(layer.modules()):
             first, again, other = (_run(layer, each.to(like), out_grad) for each in (x, x, changed))
-    # Code of others, in whatever class of errors: this is what it said of the layer.
+    # A library's code, which may raise anything: its error is the answer for this layer.
     except Exception as error:  # noqa: BLE001
         said = " ".join(str(error).split())[:200]
         return (
@@ -207,7 +207,7 @@ def _problem_of_trial(layer: Any, like: Tensor) -> str:
     if not all(bool(x.isfinite().all()) for x in (*first, *other)):
         return f"gives NaN or infinity on {like.device}: give it a dtype that its kernels compute."
     for a, b, c in zip(first, again, other, strict=True):
-        # Kernels may sum in another order each time, and are that much apart from themselves.
+        # Kernels may sum in another order each time: two equal runs differ by that much.
         noise = max(torch.finfo(x.dtype).eps for x in (a, FP32)) * float(a.abs().max())
         noise += float((a - b).abs().max())
         moved = (a - c).abs()

@@ -1,8 +1,8 @@
-"""Queries that Llama 4 makes longer with their position, by the positions of the batch.
+"""Scales queries with their position, as Llama 4 does, by the positions of the batch.
 
 Its layers without rotary positions count the tokens of their input from 0, whatever positions the
-model is given, and a shard does not start where its row does. So they leave queries as they are,
-and the layer around them hands positions on to where attention is called.
+model is given, and a shard does not start where its row does. So they leave queries unscaled here,
+and the layer around them passes positions on to the attention call.
 """
 
 from collections.abc import Callable

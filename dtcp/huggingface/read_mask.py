@@ -1,7 +1,7 @@
 """Read a mask function of transformers, mask_function(row, head, query, key), as a Mask.
 
-One that looks up the blocks of its tokens (images, in a table of numbers) is read as of a row of
-text, and then as of a row that is one image: beyond any row that a model could be run on.
+A function that looks up blocks of tokens (images, in a table of numbers) is read as if its row were
+all text, and then as if it were one image: for rows longer than any that a model could be run on.
 """
 
 from collections.abc import Callable
@@ -29,16 +29,16 @@ NEAR = 64
 """Queries from the start, and keys to the right of a query, that are tried too."""
 
 TEXT, ONE_IMAGE = -1, 0
-"""In the place of every number in a table of blocks."""
+"""Stands for every number in a table of blocks."""
 
 
 class _BlocksOf(TorchFunctionMode):
-    """Inside, a table of the blocks of a row's tokens has one number for tokens as far as asked.
+    """Inside, a table of the blocks of a row's tokens gives one number for any token index.
 
     Args:
-        block: [1, S], those of the row that a model is run on, negative for none: what says the
-            same, in numbers of its own from 0 on, is such a table.
-        number: what is read instead.
+        block: [1, S], of the row that a model is run on, negative for none. A tensor that says the
+            same, with its own numbers from 0 on, is such a table.
+        number: what reading the table gives.
     """
 
     def __init__(self, block: Tensor, number: int) -> None:
@@ -124,7 +124,7 @@ def _row(mask_function: Callable[..., Any], query: int) -> Tensor | None:
     try:
         seen = mask_function(zero, zero, torch.tensor(query), keys)
     except IndexError:
-        # It looks tokens up in a table, whose meaning is not in the function.
+        # It looks tokens up in a table, so the function alone does not define the mask.
         return None
     return torch.as_tensor(seen).expand(len(keys))
 

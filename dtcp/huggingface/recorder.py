@@ -1,4 +1,4 @@
-"""What a survey notes of each call in which tokens would meet, while none of them does."""
+"""Records each call in which tokens would meet, during a survey in which none do."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ from dtcp.sparse_latent import SparseLatentAttention
 
 @dataclass(frozen=True)
 class SurveyedAttention:
-    """One attention module, and what its mixer has to be.
+    """One attention module, and the mixer it needs.
 
     Args:
         name: of the module in its model.
@@ -38,8 +38,8 @@ class SurveyedAttention:
         num_selected: tokens that an indexer picks for each query; 0 where queries read all.
         window: keys that a query reads where keys are values and shared by all heads; else 0.
         compression: how entries are made that it reads beside them; None for the window alone.
-        blocks: the mixer of an indexer that picks blocks of tokens, and its numbers; else nothing.
-        arguments: those of its calls that must not change, by name.
+        blocks: the class and arguments of the mixer that reads picked blocks of tokens; else empty.
+        arguments: those of its calls that must not change (`fixed_arguments`).
     """
 
     name: str
@@ -69,7 +69,7 @@ class SurveyedAttention:
 
 
 class Recorder:
-    """Notes each attention call, in which no token sees another.
+    """Records each attention call, and makes no token see another.
 
     Args:
         memory_len: tokens of the encoder's row, another number than the decoder's; 0 without one.
@@ -99,10 +99,10 @@ class Recorder:
     def see(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Look at the call of any module: which of them do the metadata reach?
+        """Look at the call of any module, to see which ones the metadata reach.
 
         Returns:
-            what to call it with instead: the model inside of a model receives them always.
+            other arguments for the call: the model inside a model always receives the metadata.
         """
         if module is self.base and "attn_metadata" not in kwargs:
             self.base_unread = True
@@ -116,13 +116,13 @@ class Recorder:
         return None
 
     def note_unread(self, module: nn.Module) -> None:
-        """Note that a module that mixes receives no metadata, but what one around it hands on."""
+        """Record that a module that mixes receives no metadata, but a module around it does."""
         name = self.names[module]
         around = (each for each in self._given if name.startswith(f"{each}."))
         self.givers[max(around, key=len, default="")] = None
 
     def note_own_mask(self, layer: nn.Module, mask: Tensor) -> None:
-        """Note that a recurrent layer is handed a mask that the model made: of ones, or not."""
+        """Record that a recurrent layer gets a mask that the model made: all ones, or not."""
         if bool(mask.all()):
             self.made_masks, self.own_masks[self.names[layer]] = True, None
         else:
@@ -144,11 +144,11 @@ class Recorder:
         mask: Any,
         arguments: dict[str, Any],
     ) -> Tensor:
-        """Note a call of attention, and return what it would be without mixing."""
+        """Record an attention call, and return its result without mixing."""
         mask = self._as_made(mask)
         q, k, v = (x.transpose(1, 2) for x in qkv)
         if arguments.get("relative_bias") is not None:
-            # Where tokens meet on the way to that, they meet in queries.
+            # If tokens meet on the way to the bias, this makes them meet in queries.
             q = q + arguments["relative_bias"].relative.mean(-1, keepdim=True)
         name = self.names[module]
         known_mask = self._meaning(name, mask)
@@ -156,7 +156,7 @@ class Recorder:
         if mask is None and getattr(module, "is_causal", None) is False:
             known_mask = Bidirectional()
         if arguments.get("pooled") is not None:
-            # The indexer sees to it that queries read nothing ahead; there is no mask of pairs.
+            # The indexer picks nothing ahead of a query; there is no mask of pairs.
             known_mask = Causal()
         if self.block is not None:
             known_mask = self._with_blocks(name, mask)
@@ -169,13 +169,13 @@ class Recorder:
         if known_mask is not None and not problems:
             self._note(name, module, known_mask, arguments, cross=cross)
         if cross:
-            # What reaches keys and values is looked at by the side of these.
+            # Keys and values are looked at on their own.
             self.memory[name] = k.detach(), v.detach()
             return q.mean(-1, keepdim=True).expand(*q.shape[:-1], v.shape[-1]).contiguous()
         return own_operands(q, k, v)
 
     def _as_made(self, mask: Any) -> Any:
-        """A mask as a function made it, of which a model may hand on a slice that is all of it."""
+        """The mask as a function made it: a model may pass on a slice that is all of it."""
         if hasattr(mask, _FUNCTION):
             self.made[mask.data_ptr()] = mask
         elif isinstance(mask, Tensor):
@@ -185,11 +185,11 @@ class Recorder:
         return mask
 
     def _meaning(self, name: str, mask: Any) -> Mask | None:
-        """What a mask that a module is called with lets it see; None if that is not known."""
+        """What the mask of a module's call lets it see; None if that is not known."""
         self.made_masks |= getattr(mask, _MADE, False)
         hidden = getattr(mask, _HIDDEN, None)
         if hidden is not None:
-            # It hides what was given as padding, or something else.
+            # It should hide just what was given as padding.
             if not any(hidden.shape == x.shape and torch.equal(hidden, x) for x in self.padding):
                 return None
             self.hides_padding = True
@@ -199,17 +199,23 @@ class Recorder:
         if known is None and _adds_nothing(mask):
             # Of the model's own making, for all keys and without positions.
             self.made_masks, self.own_masks[name] = True, None
-        # A module that is run again by itself may be given another one.
+        # A module that the probe runs again by itself may get another mask.
         is_own = name in self.own_masks and (not self.padding or _adds_nothing(mask))
         return Bidirectional() if is_own else known
 
     def _note(
         self, name: str, module: nn.Module, mask: Mask, arguments: dict[str, Any], *, cross: bool
     ) -> None:
-        sink, softcap = arguments.get("s_aux") is not None, arguments.get("softcap") or 0.0
-        number = arguments.get("num_selected") or 0
-        now = SurveyedAttention(name, mask, arguments.get("scaling"), softcap, sink, cross, number)
-        now = replace(now, arguments=fixed_arguments(arguments))
+        now = SurveyedAttention(
+            name,
+            mask,
+            scale=arguments.get("scaling"),
+            softcap=arguments.get("softcap") or 0.0,
+            sink=arguments.get("s_aux") is not None,
+            cross=cross,
+            num_selected=arguments.get("num_selected") or 0,
+            arguments=fixed_arguments(arguments),
+        )
         compressed = arguments.get("compressed")
         if compressed is not None:
             now = replace(now, window=window_of(mask), compression=compressed.compression)
@@ -223,7 +229,7 @@ class Recorder:
             self._refuse_twice(module, before, now)
 
     def _read(self, mask: Any) -> tuple[Mask | None, bool]:
-        """A mask that a function makes, read once for all layers; and whether it reads blocks."""
+        """A mask made by a function, read once for all layers; and whether it reads blocks."""
         if not hasattr(mask, _FUNCTION):
             return None, False
         if not hasattr(mask, _READ):
@@ -257,7 +263,7 @@ def _hides_ahead(mask: Any) -> bool:
 
 
 def _adds_nothing(mask: Any) -> bool:
-    """Whether a mask that is no function's is added to all scores of a row alike, and is zero."""
+    """Whether a mask not made by a function adds zero to all scores of a row alike."""
     is_plain = (
         isinstance(mask, Tensor) and not hasattr(mask, _FUNCTION) and mask.is_floating_point()
     )

@@ -1,7 +1,6 @@
-"""Recurrent layers of transformers that have no kernel to name, or hand theirs no batch.
+"""Recurrent layers of transformers without a kernel to replace, or whose kernel gets no metadata.
 
-Their forward is written again, by the name of the class, and held against the one that it stands
-for.
+Their forward is rewritten, by the name of the class; tests compare it with the original.
 """
 
 import math
@@ -91,7 +90,7 @@ def _gated_by_rg_lru(unit: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor
 
 
 def _sqrt_of_bound_slope(x: Tensor) -> Tensor:
-    """The square root, whose slope is that at 1 / (2 MOST_SLOPE) ** 2 left of it."""
+    """The square root, with its slope bounded by MOST_SLOPE."""
     slope = 0.5 / x.detach().clamp(min=0.25 / MOST_SLOPE**2).sqrt()
     return x.detach().sqrt() + slope * (x - x.detach())
 

@@ -1,7 +1,7 @@
-"""What stands for the kernels of transformers' recurrent layers: mixers, by the kernels' names.
+"""Replaces the kernels of transformers' recurrent layers by mixers, by the kernels' names.
 
-Each is called with its layer and the metadata of the batch in one keyword argument; while a model
-is surveyed, with its layer and who takes notes, and then no token reads another.
+Each is called with its layer and the metadata of the batch in one keyword argument; during a survey
+with its layer and the recorder, and then no token reads another.
 """
 
 from collections.abc import Callable, Mapping
@@ -122,7 +122,7 @@ def _surveyed_delta_rule(
     layer, notes = attn_metadata
     notes.note_kernel(layer, RULE, GatedDeltaRule, {"normalize": use_qk_l2norm_in_kernel})
     per_head = [x.flatten(2).mean(-1)[..., None, None] for x in (query, key, g, beta)]
-    # Of every operand something, so that mixing on the way to any is seen.
+    # A share of every operand, so that mixing on the way to any of them shows.
     # A decay may be fp32 in a model of bf16.
     return (value + sum(per_head, torch.zeros(()))).to(value.dtype), None
 
@@ -230,15 +230,15 @@ def _surveyed_selective_scan(
 
 
 def _not_fused(*_: Any, **__: Any) -> None:
-    """What says that a layer's fused kernel is not there, as it does without mamba_ssm."""
+    """Makes a layer see no fused kernel, as without mamba_ssm."""
 
 
 class Kernel(NamedTuple):
-    """What stands for a kernel."""
+    """What replaces a kernel."""
 
     by_mixer: Callable[..., Any]
     surveyed: Callable[..., Any]
-    """While a model is surveyed."""
+    """The same during a survey."""
 
 
 _NOT_FUSED, _DELTA_RULE = Kernel(_not_fused, _not_fused), Kernel(_delta_rule, _surveyed_delta_rule)

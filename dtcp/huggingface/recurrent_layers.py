@@ -1,10 +1,10 @@
-"""Recurrent layers of transformers: their kernels are called by name, and the names are given anew.
+"""Recurrent layers of transformers: they call kernels by name, and the names are rebound.
 
 A layer of transformers (5.23) calls its convolution and its state's rule as functions of its
-module, `causal_conv1d_fn` and `torch_chunk_gated_delta_rule` for example, and hands them the
-keyword arguments of its own call. Here the layer's forward, as it stands, is run with functions in
-the place of these that call mixers. Nothing of transformers is patched: the forward belongs to the
-one module, and its names are a copy.
+module, `causal_conv1d_fn` and `torch_chunk_gated_delta_rule` for example, and passes them the
+keyword arguments of its own call. Here the layer's own forward runs with functions in their place
+that call mixers. Nothing in transformers is patched: the forward belongs to one module, and its
+global names are a copy.
 """
 
 import inspect
@@ -24,12 +24,12 @@ from dtcp.metadata import BatchMetadata
 from dtcp.mixer import Mixer
 
 OWN_MASK = "dtcp_own_mask"
-"""What a module has that is handed a mask of its model's own, one of zeros, or of ones [B, L]."""
+"""Set on a module that gets a mask of its model's own making: all zeros, or ones [B, L]."""
 
 
 @dataclass(frozen=True)
 class SurveyedMixer:
-    """One mixer of a recurrent layer, and what it has to be.
+    """One mixer that a recurrent layer needs.
 
     Args:
         name: of the mixer in its model.
@@ -46,7 +46,7 @@ class SurveyedMixer:
 
 
 class KernelNotes(Protocol):
-    """Who notes what layers call while they are surveyed."""
+    """Records what layers call during a survey."""
 
     def note_unread(self, module: nn.Module) -> None:
         """A layer receives no metadata."""
@@ -92,7 +92,7 @@ def install_recurrent_mixers(model: nn.Module, surveyed: tuple[SurveyedMixer, ..
 
 @contextmanager
 def noting_kernels(model: nn.Module, notes: KernelNotes) -> Iterator[None]:
-    """Inside, recurrent layers say which kernels they call, and no token reads another in them."""
+    """Inside, recurrent layers report which kernels they call, and no token reads another."""
     layers = [m for m in recurrent_layers(model) if "forward" not in vars(m)]
     for layer in layers:
         surveyed = with_kernels(layer, _while_surveyed)
@@ -124,7 +124,7 @@ def _on_batch(
     **kwargs: Any,
 ) -> Any:
     """A layer's forward, in which each kernel finds its mixer and its batch."""
-    # A layer above may hand on no more than masks, in whose places the metadata are.
+    # A layer above may only pass on masks, and then the metadata are in their place.
     as_masks = [x for x in (*args, *kwargs.values()) if isinstance(x, BatchMetadata)]
     if attn_metadata is None and as_masks:
         attn_metadata = as_masks[0]
@@ -166,7 +166,7 @@ def _on_mixer(name: str, _: Any) -> Callable[..., Any]:
 
 
 def _while_surveyed(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
-    """Note the call; where a layer hands its kernel no batch, the survey finds what it mixes."""
+    """Record the call. If a layer passes its kernel no metadata, the survey finds what it mixes."""
 
     def run(*args: Any, attn_metadata: Any = None, **kwargs: Any) -> Any:
         if attn_metadata is None:

@@ -37,20 +37,20 @@ MIXER = "dtcp_mixer"
 """The mixer's name in its attention module."""
 
 FIXED = "dtcp_fixed_arguments"
-"""What an attention module has: the arguments that it calls attention with, whatever the batch."""
+"""Set on an attention module: the arguments of its attention calls that every batch shares."""
 
 PROJECTION = "kv_b_proj"
-"""What makes keys and values of latents, in modules that have them."""
+"""The projection from latents to keys and values, in modules that have latents."""
 RECORDER = "dtcp_recorder"
-"""The attribute of a mask that says who surveys, where nothing else is handed on."""
+"""The attribute of a mask with the survey's recorder, where nothing but a mask is passed on."""
 
 
 class UnreadAttentionError(ValueError):
-    """A model's attention cannot be surveyed: it receives nothing of the model's call."""
+    """A model's attention cannot be surveyed: none of the model's keyword arguments reach it."""
 
 
 class AttentionNotes(Protocol):
-    """Notes the attention calls of a survey; passed in the place of the metadata."""
+    """Records the attention calls of a survey; passed in place of the metadata."""
 
     def record(
         self,
@@ -69,7 +69,7 @@ def register_attention(survey_mask: Any) -> None:
 
     AttentionInterface.register(IMPLEMENTATION, mixer_attention_forward)
     AttentionInterface.register(SURVEY_IMPLEMENTATION, _survey_attention_forward)
-    # Registered too: for a name without a mask function, masks are dropped without a word.
+    # Registered too: for a name without a mask function, masks are silently dropped.
     AttentionMaskInterface.register(IMPLEMENTATION, no_mask)
     AttentionMaskInterface.register(SURVEY_IMPLEMENTATION, survey_mask)
 
@@ -156,12 +156,12 @@ def mixer_attention_forward(
 
 
 def fixed_arguments(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What scores and masks are made by, of the arguments of an attention call."""
+    """The arguments of an attention call that determine scores and masks."""
     return tuple(arguments.get(name) for name in ("scaling", "softcap", "sliding_window"))
 
 
 def _check_fixed(module: nn.Module, arguments: Mapping[str, Any]) -> None:
-    """Refuse a module that was changed after its survey: the mixer would go on as before."""
+    """Refuse a module that was changed after its survey: its mixer would not follow."""
     given, surveyed = fixed_arguments(arguments), getattr(module, FIXED)
     if given != surveyed:
         raise ValueError(
@@ -193,9 +193,9 @@ def _metadata_alone(
     attn_metadata: BatchMetadata | None,
     dropout: float,
 ) -> BatchMetadata:
-    """What a module attends by, which is nothing else."""
+    """The metadata of a call, which may have no other mask."""
     if isinstance(attention_mask, BatchMetadata):
-        # A layer above hands on no more than a mask (`metadata_as_mask`).
+        # A layer above only passes on a mask (`metadata_as_mask`).
         attn_metadata, attention_mask = attention_mask, None
     if getattr(module, OWN_MASK, False):
         attention_mask = None
@@ -217,7 +217,7 @@ def _not_by_metadata_alone(
 
 
 def _up_projection(module: nn.Module, q: Tensor) -> Tensor:
-    """What makes the keys and values of the heads of q of latents: [H, N + V, C]."""
+    """The weight that makes keys and values of q's heads from latents: [H, N + V, C]."""
     projection: Any = module.get_submodule(PROJECTION)
     weight = _of_own_heads(projection.weight)
     return weight.to(q.dtype).unflatten(0, (q.shape[2], -1))
@@ -228,7 +228,7 @@ def _relative(bias: RelativeBias | None, dtype: torch.dtype) -> dict[str, Tensor
 
 
 def _of_own_heads(x: Tensor) -> Tensor:
-    """What tp shards with the heads: the part of those that this rank makes."""
+    """The part of a tensor, sharded by heads over tp, that belongs to this rank's heads."""
     return x.to_local(grad_placements=x.placements) if isinstance(x, DTensor) else x
 
 
@@ -237,8 +237,8 @@ def no_mask(*_: Any, config: Any = None, **__: Any) -> Any:
 
     Where layers are handed nothing but a mask, it is the metadata of the batch.
 
-    One that the model made of its own is one of ones, the survey saw to that; a user's is refused
-    where the model is called.
+    A mask of the model's own making is all ones, as the survey made sure; a user's is refused when
+    the model is called.
     """
     return metadata_of_config(config)
 

@@ -21,7 +21,7 @@ from dtcp.huggingface.attend_by_name import attend_by_name, check_no_cache
 POSITIONS = "dtcp_positions_of_tokens"
 """The argument in which a model hands its layers positions."""
 DISTANCES, WITHOUT_DISTANCES = "get_relative_distance", "dtcp_without_distances"
-"""What makes the distances of all pairs of tokens, and a model's forward without it."""
+"""The function that makes distances of all pairs of tokens, and a model's forward without it."""
 
 
 class RelativeBias(NamedTuple):
@@ -63,7 +63,7 @@ def _attend(
 
 
 def _scaled_by_position(x: Tensor, positions: Tensor, config: Any) -> Tensor:
-    """[B, L, H, D], as the number of tokens that may be seen from each one grows."""
+    """[B, L, H, D], scaled by how many tokens each one may see."""
     tokens = ((positions + 1).float() / config.log_scaling_n_floor).clamp(min=1.0)
     factor = 1.0 + config.log_scaling_alpha * torch.log(tokens)
     return (x.float() * factor[..., None, None]).to(x.dtype)
@@ -150,11 +150,11 @@ def own_values_of_relative(module: nn.Module) -> dict[str, Any]:
 
 
 def _no_distances(*_: Any, **__: Any) -> None:
-    """In the place of [L, L] numbers that nobody reads."""
+    """Replaces [L, L] numbers that nothing reads."""
 
 
 def _renamed(function: Any, names: Mapping[str, Any]) -> FunctionType:
-    """A function, with all that is around it, in which global names stand for something else."""
+    """A function, with its decorators, in which some global names are rebound."""
     inside, names_of_all = getattr(function, "__wrapped__", None), function.__globals__
     closure = function.__closure__
     if inside is None:

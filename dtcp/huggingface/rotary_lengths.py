@@ -1,9 +1,9 @@
 """Rotary frequencies that go by the longest position of a batch: longrope, and dynamic NTK.
 
-A rotary embedding of transformers looks for the largest of the positions that it is called with,
-and a rank has those of its shard. So it is called with one more, the largest of the batch, which
-the host knows, and what it makes of that one is cut off again. All the rest is transformers' own,
-and so is what is kept from one batch to the next.
+A rotary embedding of transformers takes the largest of the positions that it is called with, and a
+rank only has those of its shard. So it is called with one more, the largest of the batch, which the
+host knows, and its output for that one is cut off again. All the rest is transformers' own code,
+including what it keeps from one batch to the next.
 """
 
 import inspect
@@ -43,7 +43,7 @@ def rotary_by_length(model: nn.Module) -> dict[str, Any]:
 
 
 def unread_lengths(model: Any) -> Iterator[str]:
-    """What refuses frequencies by the longest position that no batch tells, in sentences."""
+    """Why some frequencies by the longest position are refused, in sentences."""
     found, kind = rotary_by_length(model), type(model).__name__
     for name, rotary in found.items():
         if not _is_updated(rotary) or _owner(model, name) is None:
@@ -70,7 +70,7 @@ def unread_lengths(model: Any) -> Iterator[str]:
 
 
 def install_rotary_lengths(model: Any, offset: int = 0) -> None:
-    """Let rotary embeddings that go by the longest position know that of the batch.
+    """Tell rotary embeddings that go by the longest position that of the batch.
 
     Args:
         offset: the position of a row's first token, as the model counts.
@@ -162,12 +162,12 @@ def _with_last(
             f"parallelize_hf returned, or the base model inside of it."
         )
     longest = position_ids.new_full((*position_ids.shape[:-1], 1), last)
-    # Padding that the layout added counts on behind it, and is on no other device.
+    # Padding that the layout added counts on beyond it, and does not exist on one device.
     positions = torch.cat((position_ids.clamp(max=last), longest), dim=-1)
     kind = {} if layer_type is None else {"layer_type": layer_type}
     rope_type = rotary.rope_type if layer_type is None else rotary.rope_type[layer_type]
     if "dynamic" in rope_type:
-        # Of a number on the host, which does not wait for the device's.
+        # From a number on the host, to avoid waiting for the device.
         getattr(rotary, _UPDATE)(rotary, x, torch.tensor([last]), **kind)
         out = inspect.unwrap(type(rotary).forward)(rotary, x, positions, **kind)
     else:
@@ -181,7 +181,7 @@ def _without_last(x: Tensor) -> Tensor:
 
 
 def _update_alone() -> Callable[..., None]:
-    """What transformers does to the frequencies of an embedding before it calls it."""
+    """Transformers' update of an embedding's frequencies, without the embedding."""
     from transformers.modeling_rope_utils import dynamic_rope_update
 
     def nothing(

@@ -1,7 +1,7 @@
-"""Routers' logits of a model of transformers, without the balance loss that it makes of them.
+"""Router logits of a transformers model, without the balance loss that the model makes of them.
 
-Its own is a product of means over the tokens of one shard, padding among them. What
-`dtcp.router_balance.balance_loss` makes of the logits is that of all tokens.
+Its own loss is a product of means over the tokens of one shard, padding included;
+`dtcp.router_balance.balance_loss` computes that of all tokens.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from dtcp.sharded_batch import ShardedBatch
 def leave_out_own_balance(
     model: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """Give router_logits if they are asked for, whatever the config says, and no aux_loss."""
+    """Return router_logits if the call asks for them, whatever the config says, and no aux_loss."""
     asked = bool(kwargs.get("output_router_logits"))
     out = forward(*args, **{**kwargs, "output_router_logits": asked})
     if getattr(out, "aux_loss", None) is not None:
@@ -62,10 +62,10 @@ def balance_loss_of_batch(model: Any, router_logits: Any, sharded: ShardedBatch)
 
 
 def balance_weight(model: Any) -> float:
-    """What a model's config weighs its balance loss by.
+    """The weight of the balance loss in a model's config.
 
     Raises:
-        ValueError: it has no such number: transformers makes no balance loss of this model.
+        ValueError: it has none: transformers makes no balance loss for this model.
     """
     config = model.config.get_text_config()
     weights = (getattr(config, name, None) for name in ("router_aux_loss_coef", "aux_loss_coef"))

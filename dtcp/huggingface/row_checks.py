@@ -1,6 +1,6 @@
-"""What a model of transformers asks of whole rows, by whichever function they are cut for it.
+"""Checks whole rows for a transformers model, whichever function shards them.
 
-One device looks at a whole row, and would raise, or take other positions; of several ranks one
+One device sees a whole row, and would raise or count other positions; of several ranks only one
 would, or none.
 """
 
@@ -17,7 +17,7 @@ from dtcp.rows import Rows
 
 
 def install_row_checks(model: Any, *, two_sequences: bool) -> None:
-    """Let rows that are cut for a model with mixers be looked at first.
+    """Check rows before they are sharded for a model with mixers.
 
     Args:
         two_sequences: whether it has an encoder and a decoder, for each of which rows are cut.

@@ -10,7 +10,7 @@ from dtcp.huggingface.language_model import parameter_count
 from dtcp.huggingface.small_sizes import FAMILIES, REQUIRED, TINY
 
 MOST_PARAMETERS = 2**21
-"""The largest model that is run as its config says; a larger one is shrunk."""
+"""Models of up to this size are run as their config says; larger ones are shrunk."""
 
 UNRELATED_FIELDS = (
     *("architectures", "auto_map", "dtype", "torch_dtype", "quantization_config"),
@@ -25,7 +25,7 @@ _SPECIAL_TOKENS: Mapping[str, int] = {"pad_token_id": 0, "bos_token_id": 1, "eos
 _SECTIONS = "mrope_section"
 _FACTORS, _LIMIT = ("short_factor", "long_factor"), "original_max_position_embeddings"
 ROTARY_LIMIT = 16
-"""Of tokens, past which a tiny model has other rotary frequencies: rows of a check have more."""
+"""Tokens past which a tiny model has other rotary frequencies; a check's rows have more."""
 
 _HEADS = ("num_attention_heads", "num_key_value_heads")
 
@@ -140,7 +140,7 @@ def _merged(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> Fields:
 
 
 def _shrunk(config: Any, changed: Fields) -> Fields:
-    """What to change in a config to make it tiny: sizes that are larger, and how many layers."""
+    """The changes that make a config tiny: larger sizes, and the number of layers."""
     true_names = config.attribute_map
     names = {true: name for name, true in true_names.items()}
     values = _fields(config)
@@ -168,13 +168,13 @@ def _shrunk(config: Any, changed: Fields) -> Fields:
 
 
 def _wanted_layers(config: Any, changed: Fields) -> Any:
-    """How many layers were asked for by hand; None where nobody did."""
+    """How many layers the user asks for; None if they do not."""
     true_name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     return changed.get("num_hidden_layers", changed.get(true_name))
 
 
 def _of_family(model_type: str, wanted: Any) -> Fields:
-    """What a family has to change; where it names its layers, their kinds take turns, too."""
+    """The changes of a family; if it lists its layers, their kinds repeat for more layers."""
     family = dict(FAMILIES.get(model_type, {}))
     count = family.get("num_hidden_layers", NUM_LAYERS)
     if isinstance(wanted, int) and wanted > 0:
@@ -256,7 +256,7 @@ def _layers(config: Any, changed: Fields) -> Fields:
 
 
 def _tiny_layer(own: Fields) -> Fields:
-    """Fields of one layer, twice as large as those of the others, so that they go on to differ."""
+    """Fields of one layer, twice as large as those of the others, so that they still differ."""
     tiny = {key: _tiny(key, x, 2) for key, x in own.items()}
     heads, kv_heads = _HEADS
     if heads in own and own[heads] == own.get(kv_heads):

@@ -230,7 +230,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     },
     "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "n_mamba_heads": 4},
 }
-"""What else has to change in the tiny config of a model type, for its own reasons."""
+"""Further changes that the tiny config of a model type needs."""
 
 REQUIRED = ("head_dim", "num_key_value_heads", "vocab_size")
 """Fields that a model needs though its config's default is None."""

@@ -1,9 +1,8 @@
 """Where and how tokens meet in a model of transformers, found by running it on a few tokens.
 
 Attention calls are recorded, with the mask that the model's own code made for them, while each
-token attends to itself alone; so are the kernels of recurrent layers. Whatever lets tokens meet
-all the same goes neither through the registry nor through a kernel that is known, and is refused
-by name.
+token attends only to itself; so are the kernels of recurrent layers. If tokens still meet anywhere,
+it is neither through the registry nor through a known kernel, and is refused by name.
 """
 
 from collections.abc import Iterator
@@ -37,7 +36,7 @@ FROM_ZERO = Positions()
 
 @dataclass(frozen=True)
 class Survey:
-    """Attention that mixers can carry out; and, in sentences, what has no sharded form here.
+    """Attention that mixers can carry out; and, in sentences, what cannot be sharded here.
 
     Args:
         recurrent: the mixers of recurrent layers.
@@ -73,10 +72,10 @@ class Survey:
     sees_prompt: bool = False
 
     def check(self) -> None:
-        """Stop where something is refused.
+        """Raise if anything is refused.
 
         Raises:
-            ValueError: all that is refused.
+            ValueError: listing all that is refused.
         """
         if self.refused:
             raise ValueError(
@@ -108,31 +107,31 @@ def survey(model: Any) -> Survey:
         except registry.UnreadAttentionError:
             raise
         except Exception as error:  # noqa: BLE001
-            # Code of others, on rows it may not be made for: whatever it raises, this is what
-            # stopped the survey, and the module that raised it is what the reader has to know.
+            # The model's code, on rows it may not be made for, may raise anything: this is what
+            # stopped the survey, and the reader needs to know which module raised it.
             refused.append(_stopped(model, running, error))
     return Survey(
-        tuple(recorder.attentions.values()),
-        tuple(dict.fromkeys(refused)),
-        probe.pooled_head,
-        tuple(recorder.recurrent.values()),
-        probe.positions,
-        tuple(recorder.givers),
-        recorder.base_unread,
-        probe.images,
-        probe.encoder,
-        recorder.hides_padding,
-        tuple(recorder.own_masks),
-        surveyed_capacity(model),
-        probe.reads_types,
-        probe.uncounted_padding,
-        dropouts.surveyed(),
-        probe.sees_prompt,
+        attentions=tuple(recorder.attentions.values()),
+        refused=tuple(dict.fromkeys(refused)),
+        pooled_head=probe.pooled_head,
+        recurrent=tuple(recorder.recurrent.values()),
+        positions=probe.positions,
+        givers=tuple(recorder.givers),
+        base_unread=recorder.base_unread,
+        images=probe.images,
+        encoder=probe.encoder,
+        hides_padding=recorder.hides_padding,
+        own_masks=tuple(recorder.own_masks),
+        capacity=surveyed_capacity(model),
+        reads_types=probe.reads_types,
+        uncounted_padding=probe.uncounted_padding,
+        dropouts=dropouts.surveyed(),
+        sees_prompt=probe.sees_prompt,
     )
 
 
 def _stopped(model: nn.Module, running: list[str], error: Exception) -> str:
-    """What refuses a model that cannot be run on a few tokens."""
+    """Why a model that cannot be run on a few tokens is refused."""
     name = running[-1] if running else ""
     kind, device = type(model.get_submodule(name)).__name__, next(model.parameters()).device
     said = " ".join(str(error).split())[:200]

@@ -38,10 +38,10 @@ from dtcp.huggingface.token_types import TYPES, embeds_types
 
 
 class SurveyProbe:
-    """Runs a model, and keeps what the runs say of it as a whole; the rest is in the recorder.
+    """Runs a model, and keeps what the runs show of it as a whole; the rest is in the recorder.
 
     Args:
-        recorder: notes attention calls and refusals while the model runs; already in place.
+        recorder: records attention calls and refusals while the model runs; already installed.
     """
 
     def __init__(self, model: Any, recorder: Recorder) -> None:
@@ -61,7 +61,7 @@ class SurveyProbe:
         self.sees_prompt = False
 
     def run(self) -> None:
-        """Run the model and note in the recorder what is found."""
+        """Run the model and add to the recorder what is found."""
         model, refuse = self.model, self.recorder.refused.append
         name = type(model).__name__
         # Dropout shows in training mode only, and hides mixing: the probe runs in eval mode.
@@ -101,9 +101,9 @@ class SurveyProbe:
                 self.reads_types = self.masks_change_by_types()
 
     def call(self, input_ids: Tensor, **kwargs: Any) -> Any:
-        """The model on rows that it counts by itself, or by position_ids if they are given.
+        """Run the model, which counts positions by itself unless position_ids are given.
 
-        Rows are the decoder's in a model with an encoder, which reads rows of its own.
+        In a model with an encoder the rows are the decoder's; the encoder reads its own.
         """
         kwargs |= {"use_cache": False, "attn_metadata": self.recorder}
         run = partial(self.model, input_ids=input_ids)
@@ -124,7 +124,7 @@ class SurveyProbe:
         return self.call(self.input_ids, position_ids=self.position_ids)
 
     def find_positions(self) -> Positions | None:
-        """How the model is given the positions that it would count; None if it is not known."""
+        """How to give the model the positions that it would count; None if that is not known."""
         taken, readers = takes_positions(self.model), position_readers(self.model)
         padding = padding_token(self.model)
         offsets = dict.fromkeys([1, 2, 1 + (padding or 0)]) if taken else ()
@@ -201,7 +201,7 @@ class SurveyProbe:
         return self.call(input_ids, position_ids=self.position_ids.expand(len(input_ids), -1))
 
     def counts(self) -> bool:
-        """Whether tokens of one id at one position differ: what counts them is not known."""
+        """Whether tokens of one id at one position differ: then something unknown counts them."""
         same = self.input_ids[:, :1].expand_as(self.input_ids).contiguous()
         self.recorder.varies = False
         memory = self.memory_ids, self.memory_position_ids
@@ -218,7 +218,7 @@ class SurveyProbe:
         )
 
     def look_at_padding(self) -> None:
-        """Let a model that makes masks of its own show whether it makes them of its tokens."""
+        """See whether a model that makes masks of its own makes them from its tokens."""
         padding = padding_token(self.model)
         if padding is None:
             return
@@ -240,7 +240,7 @@ class SurveyProbe:
             )
 
     def look_at_images(self) -> None:
-        """Note how masks change where tokens are marked as those of images, or as a prompt's."""
+        """See how masks change where tokens are marked as image tokens, or as a prompt's."""
         images, prompt = torch.zeros_like(self.input_ids), torch.ones_like(self.input_ids)
         images[:, 3:8] = images[:, 10:15] = 1
         prompt[:, :8] = 0
@@ -274,7 +274,7 @@ class SurveyProbe:
 
 
 def _unknown_outputs(model: nn.Module, outputs: list[Tensor]) -> str:
-    """What refuses a model that gives outputs of no token."""
+    """Why a model is refused that gives outputs without a token dim."""
     return (
         f"{type(model).__name__}: gives outputs of shapes {[tuple(x.shape) for x in outputs]} for "
         f"a row of tokens, and not those of one module for its last token, so each rank would give "
@@ -291,7 +291,7 @@ def _differ(*runs: Callable[[], object]) -> bool:
             torch.manual_seed(seed)
             outputs.append([x for x in tensors(run()) if x.is_floating_point()])
     pairs = zip(*outputs, strict=True)
-    # Kernels may sum in another order from run to run: that much is no difference.
+    # Kernels may sum in another order from run to run: that does not count.
     return any(
         a.shape != b.shape or float((a - b).abs().max()) > 1e-4 * float(a.abs().max())
         for a, b in pairs
@@ -299,5 +299,5 @@ def _differ(*runs: Callable[[], object]) -> bool:
 
 
 def most_positions(model: Any) -> int | None:
-    """As many positions as a model has learned, wherever it counts from."""
+    """How many positions a model has learned, wherever it counts from."""
     return longest(model, None, language_model_name(model))

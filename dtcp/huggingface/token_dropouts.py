@@ -1,7 +1,7 @@
-"""Dropout modules of transformers' models and of peft's adapters: each drops by token.
+"""Makes dropouts of transformers' models and of peft's adapters drop by token.
 
-They are called with activations alone, so the model's forward, and each block's, notes the batch
-that it runs on. A block that is checkpointed runs again with the metadata that it was called with.
+They are called with activations only, so the model's forward, and each block's, records the batch
+that it runs on. A checkpointed block runs again with the metadata that it was called with.
 """
 
 import re
@@ -45,9 +45,9 @@ def drops(module: nn.Module) -> bool:
 
 
 class DropoutCalls:
-    """Notes what dropouts are called with while a survey runs in training mode; none of them drops.
+    """Records what dropouts are called with while a survey runs in training mode; none drops.
 
-    Their rates stay, for attention modules read those as numbers.
+    Their rates stay, for attention modules read them as numbers.
 
     Args:
         memory_len: tokens of the encoder's row; 0 without one.
@@ -122,7 +122,7 @@ class DropoutCalls:
         return tuple(known.values())
 
     def refused(self) -> Iterator[str]:
-        """What cannot be done by token, in sentences."""
+        """Why some dropouts cannot be done by token, in sentences."""
         known = {each.name: each for each in self.surveyed()}
         places = Counter(x for _, x in self.model.named_modules(remove_duplicate=False))
         for module, name in self.modules.items():
@@ -146,7 +146,7 @@ def _is_beside(other: str, name: str) -> bool:
 
 
 def dropouts_of_adapters(model: nn.Module) -> tuple[SurveyedDropout, ...]:
-    """Those of a model on the meta device: a survey of its copy does not find them."""
+    """Dropouts of adapters of a model on the meta device, which a survey of its copy misses."""
     names = [name for name, module in model.named_modules() if drops(module)]
     layers = {x: model.get_submodule(m[1]) for x in names if (m := _OF_ADAPTER.match(x))}
     return tuple(
@@ -156,7 +156,7 @@ def dropouts_of_adapters(model: nn.Module) -> tuple[SurveyedDropout, ...]:
 
 
 def install_token_dropouts(model: nn.Module, surveyed: tuple[SurveyedDropout, ...]) -> None:
-    """Put modules that drop by token in the place of those that a survey found."""
+    """Replace the dropouts that a survey found by modules that drop by token."""
     made = {model.get_submodule(each.name): _token_dropout(model, each) for each in surveyed}
     if not made:
         return
@@ -238,14 +238,14 @@ class _Checkpoint:
 
 
 def note_batches(model: nn.Module, blocks: Collection[nn.Module]) -> None:
-    """Let blocks with dropouts note their batch that are none of these, which do."""
+    """Make blocks with dropouts record their batch, except these, which do already."""
     for module in model.modules():
         if SCOPE in vars(module) and module not in blocks and not _is_model(module):
             module.forward = ForwardOnBatch(vars(module)[SCOPE], module.forward)
 
 
 def split_over_tp(model: nn.Module, tp: DeviceMesh) -> None:
-    """Let dropouts know their rank of tp, and with it their channels.
+    """Tell dropouts their rank of tp, and with it their channels.
 
     Raises:
         ValueError: one whose channels on one device are not known.

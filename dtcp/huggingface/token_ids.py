@@ -1,4 +1,4 @@
-"""Token ids that a model of transformers has embeddings for, looked at on the host."""
+"""Checks, on the host, that a transformers model has embeddings for all token ids."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,8 +13,8 @@ IDS = ("input_ids", "decoder_input_ids")
 def check_ids(batch: Mapping[str, Any], model: Any, *, upwards: bool = True) -> None:
     """Refuse ids that the model's embedding has no row for.
 
-    One device would raise; of several, one rank would, and the others wait for it; and an embedding
-    that is split by vocabulary has zeros for them.
+    One device would raise; of several ranks one would, and the others would wait for it; and an
+    embedding split by vocabulary would give zeros.
 
     Args:
         batch: maybe input_ids and decoder_input_ids, [B, S].

@@ -1,4 +1,4 @@
-"""Models whose masks go by types of tokens, which those of mixers do not: HRM and its prefixes."""
+"""Models whose masks depend on token types, which mixers' masks do not: HRM and its prefixes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from dtcp.huggingface.images import TOKEN_TYPES
 
 READS_TYPES = "dtcp_reads_types"
-"""What such a model has."""
+"""Set on such a model."""
 TYPES = TOKEN_TYPES[1]
 
 
@@ -16,7 +16,7 @@ def embeds_types(model: Any) -> bool:
 
 
 def without_types(rows: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """The rows of a batch without types that say nothing, of a model whose masks go by them.
+    """The rows of a batch without all-zero types, for a model whose masks depend on them.
 
     Raises:
         ValueError: tokens of several types.
@@ -30,7 +30,7 @@ def without_types(rows: Mapping[str, Any], model: Any) -> dict[str, Any]:
 
 
 def check_no_types(model: Any, inputs: Mapping[str, Any]) -> None:
-    """Refuse types of tokens where masks go by them: queries would see less than they should.
+    """Refuse token types where masks depend on them: queries would see less than they should.
 
     Raises:
         ValueError: as above.

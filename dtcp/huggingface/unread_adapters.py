@@ -1,5 +1,4 @@
-"""Layers that are not called, only their weights are read: adapters have no effect on these, and
-what is quantized is no weight of numbers."""
+"""Refuses adapters and quantization of layers that are not called, only their weights read."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -1,4 +1,4 @@
-"""What refuses a model of transformers before it is run: by its config and its modules."""
+"""Why a transformers model is refused before it is run, by its config and its modules."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +11,7 @@ from dtcp.mixer_plan import dropout_of
 
 
 def unsuited(model: Any) -> Iterator[str]:
-    """What refuses a model before it is run, in sentences."""
+    """Why a model is refused before it is run, in sentences."""
     yield from too_old()
     name = type(model).__name__
     if next(model.parameters()).is_meta:

@@ -1,4 +1,4 @@
-"""The versions of transformers whose models are served."""
+"""The versions of transformers that are supported."""
 
 from collections.abc import Iterator
 
@@ -6,9 +6,9 @@ LEAST = (5, 15)
 
 
 def too_old() -> Iterator[str]:
-    """What refuses a transformers before 5.15.
+    """Why transformers before 5.15 is refused.
 
-    It names the weights of files in another way, and before 5.0 makes other masks.
+    It names weights in files differently, and before 5.0 makes other masks.
     """
     from transformers import __version__
 

@@ -1,8 +1,8 @@
-"""A model of parallelize_hf as loops of transformers call it: whole rows in, whole rows out.
+"""A model of parallelize_hf as transformers' loops call it: whole rows in, whole rows out.
 
 To such a loop the ranks of a cp and tp group are one process. They get the same rows; what they
-give back, the loss or a number of each token, is the same on all of them; and each has the gradient
-of its own tokens, to be summed over cp as FSDP does.
+return, the loss or numbers per token, is the same on all of them; and each has the gradient of its
+own tokens, to be summed over cp as FSDP does.
 """
 
 from collections.abc import Collection, Mapping
@@ -98,9 +98,9 @@ class WholeRows(nn.Module):
         self._prefetched = PrefetchedRows(self._prepared)
 
     def prepare_ahead(self, rows: Mapping[str, Any]) -> None:
-        """Lay out rows in a thread that the model is going to be called with, on the host.
+        """Shard rows in a thread, before the model is called with them; on the host.
 
-        The call with these very tensors then finds it done. Rows of two sequences are left to it.
+        A call with these very tensors then finds them ready. Rows of two sequences are left to it.
         """
         if not encoder_name(model_with_mixers(self.module)):
             self._prefetched.start(_read(rows))
@@ -210,7 +210,7 @@ class WholeRows(nn.Module):
         return torch.autocast(kind, self.autocast, cache_enabled=False)
 
     def _given(self, logits: Tensor) -> Tensor:
-        """Logits as a loop gets them: in fp32 where it was autocast that made them smaller."""
+        """Logits as a loop gets them: in fp32 where autocast has narrowed them."""
         return logits if self.autocast is None else logits.float()
 
     def _head(self) -> LinearHead | None:
@@ -232,7 +232,7 @@ class WholeRows(nn.Module):
             loss = sum_for_replicated_loss(loss, self.mesh.cp)
         if aux is None:
             return loss
-        # A loss that is divided by the tokens of all ranks is multiplied by their number, later on.
+        # A loss divided by the tokens of all ranks is multiplied by the number of ranks later on.
         share = 1 if items is None else self.mesh.size("batch")
         return loss + balance_weight(self.module) / share * aux
 
@@ -291,7 +291,7 @@ CALL_KEYS = ("use_cache", "return_dict", "logits_to_keep", "output_attentions", 
 
 
 def _check_rows(rows: dict[str, Any]) -> None:
-    """Refuse a call for something that whole rows are not computed with."""
+    """Refuse arguments that whole rows are not computed with."""
     if rows.get("use_cache") or any(rows.get(name) is not None for name in CACHES):
         raise ValueError(
             f"A model on a mesh computes whole rows, got a call with a cache (use_cache, "
@@ -312,13 +312,13 @@ def _check_rows(rows: dict[str, Any]) -> None:
 
 
 def _read(rows: Mapping[str, Any]) -> dict[str, Any]:
-    """What is read of rows, on the host."""
+    """The rows that are read, on the host."""
     kept = {key: x for key, x in rows.items() if key not in CALL_KEYS and x is not None}
     return {key: _on_host(key, x) for key, x in kept.items()}
 
 
 def _on_host(key: str, x: Any) -> Any:
-    """Rows where they are cut; images go on as they are."""
+    """Rows move to the host, where they are sharded; images stay."""
     return x.cpu() if isinstance(x, Tensor) and key not in IMAGES else x
 
 

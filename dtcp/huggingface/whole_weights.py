@@ -1,7 +1,7 @@
-"""Methods of transformers that read or replace whole weights, of which a rank has a shard.
+"""Refuses methods of transformers that read or replace whole weights: a rank has shards.
 
-save_pretrained ends in an error of torch on the rank that writes, and the others go on as if it had
-been done; resize_token_embeddings puts plain weights beside sharded ones.
+save_pretrained fails inside torch on the rank that writes, and the others go on as if all were
+well; resize_token_embeddings puts plain weights beside sharded ones.
 """
 
 import inspect
@@ -21,7 +21,7 @@ REMEDIES: Mapping[str, str] = {
 
 
 def refuse_whole_weights(model: nn.Module) -> None:
-    """Let a model refuse these methods from now on, as far as it has them.
+    """Make a model refuse these methods from now on, as far as it has them.
 
     A call that brings its own whole weights (`state_dict=`) is let through.
     """
@@ -31,8 +31,8 @@ def refuse_whole_weights(model: nn.Module) -> None:
 
 
 def refuse_merging(model: Any) -> None:
-    """Let a PeftModel refuse from now on to add its adapters, of which ranks have shards, to
-    quantized weights, which they have whole."""
+    """Make a PeftModel refuse to merge its adapters, of which ranks have shards, into quantized
+    weights, which they have whole."""
 
     def refuse(name: str) -> Callable[..., Any]:
         def method(self: Any, *_: Any, **__: Any) -> Any:

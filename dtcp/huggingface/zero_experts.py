@@ -1,8 +1,8 @@
 """Experts of LongCat Flash without their loop, which has no graph.
 
-Some of its experts hand a token on as it is. transformers loops over the experts that some token
-has chosen; here all choices are sorted by expert and computed at once, whatever they are. One of an
-expert that hands on has a place among those of the first expert, whose product is not used.
+Some of its experts pass a token on unchanged. transformers loops over the experts that some token
+has chosen; here all choices are sorted by expert and computed at once, whatever they are. A choice
+of an expert that passes on is computed as one of the first expert, and the product is not used.
 """
 
 from typing import Any
