@@ -1,11 +1,12 @@
-"""FLOPs of our ops: of mixers from the keys that queries see, as of kernels that skip the rest."""
+"""FLOPs of our ops; of mixers, for the keys that queries see, since kernels skip the rest."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from dtcp._torch.ops import OpOverload, argument_names
+from dtcp._torch.ops import OpOverload
+from dtcp.distributed.dtensor_rules import bind
 from dtcp.kernels.sparse.block_indexer import BlockSight
 from dtcp.kernels.sparse.types import Sight
 from dtcp.softmax.inputs import AttentionInputs
@@ -23,11 +24,11 @@ MADE_AGAIN = 3
 
 
 def mixer_flops(op: OpOverload, args: Sequence[Any]) -> int:
-    """FLOPs of one call; 0 of an op that computes nothing to speak of."""
+    """FLOPs of one call; 0 for an op that computes nothing to speak of."""
     name = op.name().partition("::")[2]
     backward = name.endswith("_backward")
     name = name.removesuffix("_backward")
-    call = dict(zip(argument_names(op), args, strict=False))
+    call = bind(op, args, {})
     if name in ("gated_delta_rule", "gated_linear_attention"):
         return _delta_rule(call["q"], call["v"], backward=backward)
     if name == "sparse_attention":

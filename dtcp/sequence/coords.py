@@ -31,7 +31,7 @@ class Coords:
         documents: of whole rows, where these are whole rows.
         memory: the sequence that cross attention reads, where these are whole rows.
         block_ends: [2, B, S], the first and the last token of the token's block in its document,
-            where somebody has worked them out; 0 and -1 for none.
+            where they are known already; 0 and -1 for none.
     """
 
     token_index: Tensor
@@ -86,7 +86,7 @@ class Coords:
 
     @cached_property
     def memo(self) -> dict[Hashable, Any]:
-        """What layouts and mixers both work out of these rows, by what it is of."""
+        """What layouts and mixers both derive from these rows, by what it is derived from."""
         return {}
 
     def block_runs(self, row: int) -> BlockRuns | None:
@@ -97,10 +97,10 @@ class Coords:
         return BlockRuns.of_blocks(self.block[row], bounds, row=row)
 
     def of_row(self, row: int) -> "Coords":
-        """Those of one of whole rows by itself; position ids are left out."""
+        """The coordinates of one whole row by itself, without position ids."""
         documents = Documents((documents_of(self).lengths[row],), self.seq_len)
         memory = None if self.memory is None else self.memory.row(row)
-        # What is worked out when it is asked for stays so.
+        # What is computed on first use stays that way.
         names = ("prefix", "block")
         read = {name: x[row : row + 1] for name in names if (x := vars(self).get(name)) is not None}
         types: TokenTypes | None = vars(self).get("image_types")
@@ -131,7 +131,7 @@ class Coords:
 
 
 class _WholeRows(Coords):
-    """Of whole rows; what follows from documents is worked out when it is asked for."""
+    """Coordinates of whole rows; what follows from their documents is computed on first use."""
 
     documents: Documents
     image_types: TokenTypes | None
@@ -151,7 +151,7 @@ class _WholeRows(Coords):
         vars(self).update(documents=documents, memory=memory, image_types=image_types, **others)
         if block is not None:
             vars(self)["block"] = block
-        # What is known already comes from dataclasses.replace.
+        # dataclasses.replace hands over what was computed before.
         for name, x in known.items():
             if not torch.equal(x, getattr(self, name)):
                 raise ValueError(

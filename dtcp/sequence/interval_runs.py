@@ -44,10 +44,10 @@ def combined_runs(
     right: Sequence[IntervalRuns],
     combine: Callable[[list[Interval], list[Interval]], list[Interval]],
 ) -> list[IntervalRuns]:
-    """What an elementwise rule (interval_sets.py) makes of the intervals of a row's tokens.
+    """Apply `intersection` or `union` to runs instead of to all tokens of a row.
 
-    Between two places where ends cross it chooses the same ends for every token, and those stand
-    still or move on as they did.
+    Between two places where ends cross, either chooses the same ends for every token, and those
+    stand still or move on as they did.
     """
     every = [*left, *right]
     start = _crossings(every)
@@ -63,7 +63,7 @@ def _at(intervals: Sequence[IntervalRuns], tokens: Ints) -> list[Interval]:
 
 
 def _crossings(every: Sequence[IntervalRuns]) -> Ints:
-    """Where runs start, and where one end of an interval comes to another one or leaves it."""
+    """Where runs start, and where one end of an interval meets another or leaves it."""
     start = unique_ascending(np.concatenate([runs.start for runs in every]))
     stop = stops_of(start, int(every[0].stop[-1]))
     places = [start]
@@ -76,7 +76,7 @@ def _crossings(every: Sequence[IntervalRuns]) -> Ints:
     for index in range(len(ends)):
         for other in range(index):
             ahead, closer = ends[index] - ends[other], steps[other] - steps[index]
-            # They differ by a token less, or more, with each token, if one of them moves alone.
+            # If only one of them moves, their distance changes by one with each token.
             meet = start + ahead * closer
             places += [
                 place[(closer != 0) & (place > start) & (place < stop)]
@@ -86,14 +86,14 @@ def _crossings(every: Sequence[IntervalRuns]) -> Ints:
 
 
 def runs_of_ends(start: Ints, stop: Ints, first: Ints, last: Ints) -> IntervalRuns:
-    """As few runs as may be, from the intervals of first tokens, then those of second tokens."""
+    """As few runs as possible, from the keys of each first token, then of each second one."""
     length = stop - start
     new = differs(last[: len(start)] >= first[: len(start)])
     columns = []
     for value, second in (x.reshape(2, -1) for x in (first, last)):
         step = second - value
         before, single = length[:-1], length[1:] == 1
-        # A token alone moves on from the one before it, if it is to be of the same run.
+        # A run of one token has no step of its own: it may continue the one before it.
         step[1:] = np.where(single, value[1:] - value[:-1] - step[:-1] * (before - 1), step[1:])
         new[1:] |= (step[1:] != step[:-1]) | (value[:-1] + step[:-1] * before != value[1:])
         new[1:] |= (step[1:] < 0) | (step[1:] > 1)

@@ -1,7 +1,7 @@
-"""Sets of keys that are several intervals, none of which overlap: what `&` and `|` make of them.
+"""Sets of keys as several disjoint intervals: their intersection (`&`) and union (`|`).
 
-An interval is its two ends for each of many tokens, and empty where last < first. All of it is
-elementwise, so tokens may be those of whole rows or the first ones of runs.
+An interval is the first and the last key of each of many tokens, empty where last < first.
+Everything is elementwise, so the tokens may be whole rows or the first ones of runs.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ Interval = tuple[Tensor, Tensor]
 
 
 def emptied(where: Tensor, interval: Interval) -> Interval:
-    """The same, but for tokens that see nothing: 0 and -1."""
+    """The same interval, but empty (0 to -1) where a token sees nothing."""
     first, last = interval
     return first.masked_fill(where, 0), last.masked_fill(where, -1)
 
 
 def intersection(left: Sequence[Interval], right: Sequence[Interval]) -> list[Interval]:
-    """The keys of both: as many intervals as there are pairs."""
+    """The keys in both: one interval for each pair."""
     pairs = [
         (torch.maximum(a_first, b_first), torch.minimum(a_last, b_last))
         for (a_first, a_last), (b_first, b_last) in product(left, right)
@@ -30,9 +30,9 @@ def intersection(left: Sequence[Interval], right: Sequence[Interval]) -> list[In
 
 
 def union(left: Sequence[Interval], right: Sequence[Interval]) -> list[Interval]:
-    """The keys of either: as many intervals as both have together.
+    """The keys in either: as many intervals as both have together.
 
-    What overlaps or touches becomes one of them, and the other is empty.
+    Of two that overlap or touch, one becomes their union and the other empty.
     """
     out = list(left)
     for each in right:
@@ -45,7 +45,7 @@ def union(left: Sequence[Interval], right: Sequence[Interval]) -> list[Interval]
 
 
 def _joined(a: Interval, b: Interval) -> tuple[Tensor, Interval]:
-    """Where two intervals overlap or touch, and b, grown by a there."""
+    """Where two intervals overlap or touch, and b, which takes in a there."""
     (a_first, a_last), (b_first, b_last) = a, b
     touch = (a_first <= a_last) & (b_first <= b_last)
     touch &= (a_first <= b_last + 1) & (b_first <= a_last + 1)
@@ -54,7 +54,7 @@ def _joined(a: Interval, b: Interval) -> tuple[Tensor, Interval]:
 
 
 def overlap(intervals: Sequence[Interval]) -> Tensor:
-    """Which tokens have a key in two of them."""
+    """Which tokens have a key in more than one interval."""
     found = torch.zeros_like(intervals[0][0], dtype=torch.bool)
     for (a_first, a_last), (b_first, b_last) in combinations(intervals, 2):
         found |= torch.maximum(a_first, b_first) <= torch.minimum(a_last, b_last)

@@ -23,11 +23,11 @@ class KeyIntervals:
     """The keys that the tokens of each row of a batch see.
 
     Args:
-        runs: of each row; of masks of several intervals first the first ones of all rows, then the
-            second ones, and so on.
+        runs: one for each row; of masks of several intervals, the first interval of all rows, then
+            the second of all rows, and so on.
         keys: the layout of the sequence that has the keys, where that is another one.
         per_token: how many intervals a token has.
-        memo: what is worked out of them more than once, by what it is of.
+        memo: what is derived from them more than once, by what it is derived from.
     """
 
     runs: tuple[IntervalRuns, ...]
@@ -79,18 +79,18 @@ class KeyIntervals:
     def at(self, tokens: Ints) -> tuple[Tensor, Tensor]:
         """The first and the last key of some tokens of each row: [L] to two [B, L], int32.
 
-        As of `Mask.intervals`, [I, B, L] of masks of several intervals.
+        [I, B, L] for masks of several intervals, as in `Mask.intervals`.
         """
         rows = [runs.at(tokens) for runs in self.runs]
         first, last = (np.stack(x).astype(np.int32) for x in zip(*rows, strict=True))
         return self.stacked(torch.from_numpy(first)), self.stacked(torch.from_numpy(last))
 
     def stacked(self, x: Tensor, *, dim: int = 0) -> Tensor:
-        """What `runs` come to, one after another in `dim`: [I B, ...] to [I, B, ...], B for I=1."""
+        """Split what `runs` come to in `dim`: [I B, ...] to [I, B, ...], or as it is for I = 1."""
         return x if self.per_token == 1 else x.unflatten(dim, (self.per_token, self.rows))
 
     def in_line(self) -> "KeyIntervals":
-        """Those of the line of all rows; `row_layouts.in_line` lays out the keys on it, too."""
+        """The intervals on the line of all rows; `row_layouts.in_line` lays out its keys, too."""
         lines = [
             self._line(self.runs[start : start + self.rows])
             for start in range(0, len(self.runs), self.rows)
@@ -135,7 +135,7 @@ class KeyIntervals:
 
 
 def check_intervals(first_key: Tensor, last_key: Tensor) -> None:
-    """Refuse what is no interval per query, [B, L] each."""
+    """Refuse anything but an interval per query, [B, L] each."""
     named = {"first_key": first_key, "last_key": last_key}
     check_tensor("Attention", shape="[B, L]", ndim=2, dtypes=WHOLE_NUMBERS, **named)
     if first_key.shape != last_key.shape:

@@ -41,10 +41,10 @@ from dtcp.sequence.prefix_masks import FirstTokens, Prefix, PrefixLM
 
 
 def interval_runs(mask: Mask, coords: Coords, row: int = 0) -> list[IntervalRuns]:
-    """`Mask.intervals` of one of whole rows as runs, for each of the mask's intervals.
+    """`Mask.intervals` of one whole row as runs, for each of the mask's intervals.
 
-    Those of this library's masks follow from the documents and the blocks of images. Of a mask that
-    somebody else wrote they are read off the intervals of all tokens.
+    For this library's masks they follow from the documents and the blocks of images; for a mask
+    written elsewhere they are read off the intervals of all tokens.
 
     Raises:
         ValueError: for some token the mask is more intervals of the row than it says.
@@ -60,7 +60,7 @@ def interval_runs(mask: Mask, coords: Coords, row: int = 0) -> list[IntervalRuns
 
 
 def _intervals(mask: Mask, coords: Coords) -> Interval:
-    """`Mask.intervals` of a mask that may have its own, which has clipped nothing."""
+    """`Mask.intervals`, which a mask may define itself and leave unclipped."""
     first, last = ends_of(mask, mask.intervals(coords), coords)
     beyond = (last >= first) & ((first < coords.start) | (last > coords.end))
     if not isinstance(mask, MemoryDocument) and bool(beyond.any()):
@@ -78,7 +78,7 @@ def _intervals(mask: Mask, coords: Coords) -> Interval:
 def _known_runs(
     mask: Mask, coords: Coords, row: int, lengths: tuple[int, ...]
 ) -> list[IntervalRuns]:
-    """Those of a mask of which all parts see the token itself, or of one after another."""
+    """Runs of the whole mask if each part sees the token itself, else combined from its sides."""
     if all(part.sees_itself for part in _parts(mask)):
         return [_unbroken_runs(mask, coords, row, lengths)]
     if isinstance(mask, And | Or):
@@ -92,7 +92,7 @@ def _known_runs(
 
 
 def _runs_of_starts(bounds: Ints, size: Ints | int, seq_len: int) -> IntervalRuns:
-    """One run for each document, which sees so many of its first tokens, and one of padding."""
+    """One run for each document, whose tokens see its first `size` ones, and one of padding."""
     start = bounds if bounds[-1] < seq_len else bounds[:-1]
     last = np.append(np.minimum(bounds[:-1] + size, bounds[1:]) - 1, -1)[: len(start)]
     empty = last < start
@@ -101,7 +101,7 @@ def _runs_of_starts(bounds: Ints, size: Ints | int, seq_len: int) -> IntervalRun
 
 
 def _unbroken_runs(mask: Mask, coords: Coords, row: int, lengths: tuple[int, ...]) -> IntervalRuns:
-    """Those of a mask that is one interval around each token."""
+    """Runs of a mask that is one interval around each token."""
     seq_len = coords.seq_len
     bounds = sums_before(np.array(lengths, dtype=np.int64))
     with_blocks = any(isinstance(part, BlockBidirectional) for part in _parts(mask))
@@ -124,7 +124,7 @@ def _causal_runs(bounds: Ints, seq_len: int) -> IntervalRuns:
 
 
 def _is_plain(mask: Mask) -> bool:
-    """Whether it is what most layers have: causal, but for images, and maybe in a window."""
+    """Whether a mask is what most layers have: causal but for images, and maybe in a window."""
     if type(mask) is And and type(mask.left) is SlidingWindow and mask.left.right is None:
         mask = mask.right
     elif type(mask) is And and type(mask.right) is SlidingWindow and mask.right.right is None:
@@ -134,7 +134,7 @@ def _is_plain(mask: Mask) -> bool:
 
 
 def _plain_runs(mask: Mask, bounds: Ints, blocks: BlockRuns | None, seq_len: int) -> IntervalRuns:
-    """Of documents by themselves: in a fifth of the time that it takes to find where ends cross."""
+    """Runs of a plain mask, in a fifth of the time that it takes to find where limits cross."""
     runs = _causal_runs(bounds, seq_len)
     for part in _parts(mask):
         runs = _in_window(runs, part.size) if isinstance(part, SlidingWindow) else runs

@@ -34,9 +34,9 @@ class Mask:
 
     @property
     def num_intervals(self) -> int:
-        """Into how many intervals the keys of a token fall, at most: one call of a kernel each.
+        """How many intervals the keys of a token fall into, at most: one kernel call each.
 
-        It depends on no batch: graphs read it as a size.
+        It does not depend on the batch: graphs read it as a size.
         """
         return 1
 
@@ -51,7 +51,7 @@ class Mask:
         Returns:
             two [B, S], int32; two [I, B, S] of a mask of I > 1 intervals.
         Raises:
-            ValueError: for some token the mask is more intervals of the row than it says, or they
+            ValueError: for some token the mask is more intervals than `num_intervals`, or they
                 overlap.
         """
         clipped = self._clipped(coords)
@@ -75,7 +75,7 @@ class Mask:
         raise NotImplementedError
 
     def _interval(self, coords: Coords) -> Interval:
-        """The ends of `intervals`; they may reach over the ends of the token's document."""
+        """The ends of `intervals`, which may lie outside the token's document."""
         raise NotImplementedError
 
     def _clipped(self, coords: Coords) -> list[Interval]:
@@ -107,10 +107,10 @@ def intervals_of(mask: Mask, first: Tensor, last: Tensor) -> list[Interval]:
 
 
 def ends_of(mask: Mask, ends: Any, coords: Coords) -> tuple[Tensor, Tensor]:
-    """What a mask gives, once it is seen to be a first and a last key for every token.
+    """What a mask gives, checked to be a first and a last key for every token.
 
     Raises:
-        TypeError, ValueError: it is something else, that torch would broadcast, cut or unpack.
+        TypeError, ValueError: it is something else, which torch would broadcast, cut or unpack.
     """
     subject, shape, named = f"The interval of {mask}", tuple(coords.document.shape), "[B, S]"
     if mask.num_intervals > 1:

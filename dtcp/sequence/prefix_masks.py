@@ -1,4 +1,4 @@
-"""Masks in which all of a document sees how it starts; with others, they are several intervals.
+"""Masks by which all tokens of a document see its start; with others they are several intervals.
 
 Causal() & (SlidingWindow(1024) | FirstTokens(4))      a window, and the first tokens
 Causal() & (Prefix() | BlockBidirectional())           a prompt, and several answers to it
@@ -19,7 +19,7 @@ from dtcp.sequence.masks import Mask, token_field
 class PrefixLM(Mask):
     """A token sees what comes before it, and the whole prefix of its document.
 
-    All tokens of a document have its prefix, in tokens: no longer one and no shorter one.
+    All tokens of a document name the same prefix, as a number of tokens.
     """
 
     def _sees(self, q: Coords, k: Coords) -> Tensor:
@@ -36,7 +36,7 @@ class PrefixLM(Mask):
 class FirstTokens(Mask):
     """A token sees the first `size` tokens of its document.
 
-    `Causal() & (SlidingWindow(W) | FirstTokens(size))` keeps them in sight of a window: as the
+    `Causal() & (SlidingWindow(W) | FirstTokens(size))` keeps them visible beside a window, like the
     attention sinks of Xiao et al. 2023, section 3, https://arxiv.org/abs/2309.17453, or meta
     tokens.
     """
@@ -63,10 +63,10 @@ class Prefix(Mask):
     """A token sees the prefix of its document, and nothing else.
 
     `Causal() & (Prefix() | BlockBidirectional())` is a prompt that several answers share, each a
-    block: an answer sees the prompt and itself. The prompt is computed once, and not once for each
-    answer. Positions of every answer count on from the prompt.
+    block: an answer sees the prompt and itself, and the prompt is computed only once. The positions
+    of every answer count on from the prompt.
 
-    All tokens of a document have its prefix, in tokens: no longer one and no shorter one.
+    All tokens of a document name the same prefix, as a number of tokens.
     """
 
     @property
@@ -84,9 +84,9 @@ class Prefix(Mask):
 
 
 def _check_prefix(mask: Mask, prefix: Tensor, coords: Coords) -> None:
-    """A document has one prefix: tokens that differ in it would each see another one.
+    """Refuse a document whose tokens name different prefixes: each would see another one.
 
-    Of whole rows; who asks for the intervals of some tokens has looked at all of them.
+    Only whole rows are checked; whoever asks for the intervals of some tokens has them checked.
     """
     if coords.documents is None:
         return
