@@ -7,7 +7,7 @@ from typing import Any
 
 from dtcp.huggingface.config_fields import CORRECT, config_of, read_fields
 from dtcp.huggingface.language_model import parameter_count
-from dtcp.huggingface.small_sizes import FAMILIES, REQUIRED, TINY
+from dtcp.huggingface.small_sizes import BY_MODEL_TYPE, REQUIRED, TINY
 
 MOST_PARAMETERS = 2**21
 """Models of up to this size are run as their config says; larger ones are shrunk."""
@@ -134,7 +134,7 @@ def _merged(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> Fields:
         else:
             merged[key] = value
     if "rope_parameters" in changes:
-        # What they were called before, which goes before them.
+        # The former name of the field, which would take precedence.
         merged.pop("rope_scaling", None)
     return merged
 
@@ -175,7 +175,7 @@ def _wanted_layers(config: Any, changed: Fields) -> Any:
 
 def _of_family(model_type: str, wanted: Any) -> Fields:
     """The changes of a family; if it lists its layers, their kinds repeat for more layers."""
-    family = dict(FAMILIES.get(model_type, {}))
+    family = dict(BY_MODEL_TYPE.get(model_type, {}))
     count = family.get("num_hidden_layers", NUM_LAYERS)
     if isinstance(wanted, int) and wanted > 0:
         lists = {key: x for key, x in family.items() if isinstance(x, list) and len(x) == count}
@@ -223,7 +223,7 @@ def _layers(config: Any, changed: Fields) -> Fields:
     Where the number of layers is changed by hand, the kinds take turns.
     """
     true_name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    of_family = FAMILIES.get(config.model_type, {}).get("num_hidden_layers")
+    of_family = BY_MODEL_TYPE.get(config.model_type, {}).get("num_hidden_layers")
     wanted = _wanted_layers(config, changed) or of_family
     values = _fields(config)
     count = values.get(true_name)

@@ -51,8 +51,8 @@ TINY: Mapping[str, int] = {name: size for size, names in _BY_SIZE.items() for na
 
 _ROPE: Mapping[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
 
-FAMILIES: Mapping[str, Mapping[str, Any]] = {
-    # With few heads many scores are 0: of equal ones torch.topk picks any.
+BY_MODEL_TYPE: Mapping[str, Mapping[str, Any]] = {
+    # With few heads many scores are 0, and among equal ones torch.topk picks any.
     "axk2": {"index_n_heads": 16},
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
     # A token that is never predicted: that of padding.
@@ -68,8 +68,8 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "dbrx": {
         "attn_config": {"model_type": "", "kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}
     },
-    # Of all kinds of layers one; ratios that rows of a few tokens have entries of; for 16 heads of
-    # the indexer see below.
+    # One layer of each kind; ratios that give entries even to rows of a few tokens; for the 16
+    # heads of the indexer see axk2.
     "deepseek_v4": {
         "num_hidden_layers": 3,
         "layer_types": [
@@ -88,7 +88,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v32": {"index_n_heads": 16},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "dots3_note_text": {"head_dim": 24, "num_key_value_heads": 4, "index_n_heads": 16},
-    # Layers before and behind those that run twice.
+    # Layers before and after those that run twice.
     "dory": {
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -98,7 +98,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "moe_intermediate_size": [24, 16],
         "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]},
     },
-    # timm's names: 600,000 parameters for 300 million.
+    # A name of timm's: 600,000 parameters instead of 300 million.
     "gemma3n_vision": {"architecture": "mobilenetv3_small_050"},
     "gemma3n_text": {
         "num_hidden_layers": 4,
@@ -171,10 +171,10 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "layer_types": ["indexed_attention"] * 5,
         "index_n_heads": 16,
     },
-    # Half of its channels turn.
+    # Half of its channels are rotary.
     "mistral4": {"head_dim": 16},
     "mobilebert": {"intra_bottleneck_size": 32},
-    # An end of text that random tokens have, too; n-grams in a layer whose state is linear.
+    # An end-of-text id that random tokens contain, too; n-grams in a layer of linear attention.
     "qwen4_exp_text": {
         "indexer_n_heads": 16,
         "indexer_kv_heads": 1,
@@ -230,7 +230,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     },
     "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "n_mamba_heads": 4},
 }
-"""Further changes that the tiny config of a model type needs."""
+"""What else the tiny config of a model type has to change."""
 
 REQUIRED = ("head_dim", "num_key_value_heads", "vocab_size")
 """Fields that a model needs though its config's default is None."""

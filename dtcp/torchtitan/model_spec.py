@@ -2,7 +2,8 @@
 
 A model of ours *is* the module it was, with torchtitan's protocol beside it: no wrapper that
 would put a prefix on every name in a checkpoint. A family is what its folder in models/ and its
-plan in parallelize/ give; adding one is naming its parts here, and its plan in plans/families.py.
+plan in parallelize/ give. To add one, name its parts here and in pretrain/family_model.py, its plan
+in parallelize/plans/families.py, and its model types in planner/subject.py.
 """
 
 import functools
