@@ -140,6 +140,7 @@ def _attend(state: OnlineSoftmax, queries: Queries, keys: Keys, params: SoftmaxP
     q, (k, v, key_index) = queries.q, keys[:3]
     batch, length, heads, _ = q.shape
     tile = attention_tiling(k, v, queries.bias).forward
+    bias = BiasOperands.of(queries.bias, q, key_index)
     with torch.cuda.device_of(q):
         ranges = find_key_ranges(queries, keys, tile.queries)
         forward_kernel[(triton.cdiv(length, tile.queries), heads, batch)](
@@ -148,8 +149,8 @@ def _attend(state: OnlineSoftmax, queries: Queries, keys: Keys, params: SoftmaxP
             length,
             heads // k.shape[2],
             ScoreOperands(params.scale, params.softcap),
-            BiasOperands.of(queries.bias, q, key_index),
-            TileShape.of(k, v, tile[:2], params.softcap),
+            bias,
+            TileShape.of(k, v, tile[:2], params.softcap, biased=bias is not None),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -181,7 +182,7 @@ def _attend_backward(
             scores,
             bias,
             bias_gradients,
-            TileShape.of(k, v, tile[:2], params.softcap),
+            TileShape.of(k, v, tile[:2], params.softcap, biased=bias is not None),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -198,7 +199,7 @@ def _attend_backward(
             heads // groups,
             scores,
             bias,
-            TileShape.of(k, v, tile[:2], params.softcap),
+            TileShape.of(k, v, tile[:2], params.softcap, biased=bias is not None),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

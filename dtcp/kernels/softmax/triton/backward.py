@@ -101,7 +101,7 @@ def query_gradient_kernel(
     sums = tl.zeros((shape.queries, shape.key_block), tl.float32)
     rows = tl.arange(0, shape.keys)
     of_queries, zeros = None, tl.zeros((shape.queries,), tl.float32)
-    if bias is not None:
+    if shape.biased:
         of_queries = token_index_of(bias.query_index, tile, length, False)
     bias_sums = (zeros, zeros, zeros)
     x = KeyOperands(k, v, from_key, to_key, stop, length, bias, bias_gradients, of_queries)
@@ -118,7 +118,7 @@ def query_gradient_kernel(
             sums, bias_sums, operands, tile, x, block, score_params, shape, False
         )
     add_to_tile(dq, sums * score_params.scale, tile, length, shape.key_dim, shape.key_block)
-    if bias is not None:
+    if shape.biased:
         store_bias_sums(bias_gradients, bias_sums, tile, length)
 
 
@@ -139,7 +139,7 @@ def _add_keys(
     keys = load_tile(x.k, block, x.stop, shape.key_dim, shape.key_block, MASKED)
     values = load_tile(x.v, block, x.stop, shape.value_dim, shape.value_block, MASKED)
     scores, tanh = _scores(queries, keys, score_params, shape)
-    if x.bias is not None:
+    if shape.biased:
         of_keys = token_index_of(x.bias.key_index, block, x.stop, True)
         scores = add_bias(scores, x.bias, tile, x.length, x.of_queries, of_keys, 1)
     if MASKED:
@@ -148,7 +148,7 @@ def _add_keys(
         scores = tl.where(seen, scores, float("-inf"))
     weights = tl.exp2(scores - level[:, None])
     d_scores = _score_gradients(weights, grads, values, row_delta[:, None])
-    if x.bias is not None:
+    if shape.biased:
         stored = (tile.first + tile.rows < x.length)[:, None]
         if MASKED:
             stored = stored & seen
@@ -192,7 +192,7 @@ def key_gradient_kernel(
     key_sums = tl.zeros((shape.keys, shape.key_block), tl.float32)
     value_sums = tl.zeros((shape.keys, shape.value_block), tl.float32)
     of_keys = None
-    if bias is not None:
+    if shape.biased:
         of_keys = token_index_of(bias.key_index, own, num_keys, False)
     operands = QueryOperands(q, grad_out, lse, delta, ranges, length, bias, of_keys)
     rows = tl.arange(0, shape.queries)
@@ -229,7 +229,7 @@ def _add_queries(
     """Both sums with the share of one tile of queries; scores are [keys, queries] here."""
     queries = load_tile(x.q, tile, x.length, shape.key_dim, shape.key_block, MASKED)
     scores, tanh = _scores(keys, queries, score_params, shape)
-    if x.bias is not None:
+    if shape.biased:
         of_queries = token_index_of(x.bias.query_index, tile, x.length, False)
         scores = add_bias(scores, x.bias, tile, x.length, of_queries, x.of_keys, 0)
     real = tile.first + tile.rows < x.length

@@ -44,14 +44,14 @@ def forward_kernel(
     peak = total - float("inf")
     sums = tl.zeros((shape.queries, shape.value_block), tl.float32)
     rows = tl.arange(0, shape.keys)
-    if bias is not None:
+    if shape.biased:
         of_queries = token_index_of(bias.query_index, tile, length, False)
     for index in range(partial):
         start = partial_block(index, begin, full_begin, full, shape.keys)
         keys = TokenTile(tile.batch, group, start, rows)
         products, values = _products(queries, k, v, keys, stop, shape, True)
         scores, _ = scores_of(products, score_params, shape.capped)
-        if bias is not None:
+        if shape.biased:
             of_keys = token_index_of(bias.key_index, keys, stop, True)
             scores = add_bias(scores, bias, tile, length, of_queries, of_keys, 1)
         key = (start + rows)[None, :]
@@ -66,12 +66,12 @@ def forward_kernel(
         keys = TokenTile(tile.batch, group, full_begin + index * shape.keys, rows)
         products, values = _products(queries, k, v, keys, stop, shape, False)
         scores, _ = scores_of(products, score_params, shape.capped)
-        if bias is not None:
+        if shape.biased:
             of_keys = token_index_of(bias.key_index, keys, stop, True)
             scores = add_bias(scores, bias, tile, length, of_queries, of_keys, 1)
         higher = tl.maximum(peak, tl.max(scores, 1))
         anchor = higher
-        if bias is not None:
+        if shape.biased:
             # A table may hide keys from a head.
             anchor = tl.where(higher == float("-inf"), 0.0, higher)
         sums, total = _add_block(sums, total, peak, anchor, scores, values)

@@ -47,12 +47,15 @@ class TileShape(NamedTuple):
     queries: Any  # per tile
     keys: Any  # per tile
     capped: Any
+    biased: Any  # said, since Triton 3.6 cannot ask a tuple that holds None whether it is None
 
     @classmethod
-    def of(cls, k: Tensor, v: Tensor, tile: tuple[int, int], softcap: float) -> "TileShape":
+    def of(
+        cls, k: Tensor, v: Tensor, tile: tuple[int, int], softcap: float, *, biased: bool
+    ) -> "TileShape":
         dims = (k.shape[-1], v.shape[-1])
         blocks = (max(16, triton.next_power_of_2(dim)) for dim in dims)
-        return cls(*(tl.constexpr(x) for x in (*dims, *blocks, *tile, softcap != 0.0)))
+        return cls(*(tl.constexpr(x) for x in (*dims, *blocks, *tile, softcap != 0.0, biased)))
 
 
 class TokenTile(NamedTuple):
