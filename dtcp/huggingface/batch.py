@@ -15,9 +15,9 @@ from dtcp.huggingface.documents import documents_of_hf_batch
 from dtcp.huggingface.encoder_decoder import check_labeled, encoder_name, shard_two_sequences
 from dtcp.huggingface.images import IMAGES, agreed_on_images, whole_row_inputs, with_blocks
 from dtcp.huggingface.install import check_has_mixers, model_with_mixers
-from dtcp.huggingface.pooled_head import last_token_mixer
 from dtcp.huggingface.rotary_lengths import last_position
 from dtcp.huggingface.router_logits import balance_loss_of_batch, balance_weight, is_balanced
+from dtcp.huggingface.row_heads import gives_rows
 from dtcp.huggingface.token_types import without_types
 from dtcp.inference_mode import no_inference_tensors
 from dtcp.labels import check_not_shifted, shift_labels
@@ -198,9 +198,9 @@ def _rows_of(batch: Mapping[str, Any], model: nn.Module, *, for_token_loss: bool
     """A batch of transformers as shard_batch takes it."""
     check_batch("A batch", batch)
     rows = {key: x for key, x in batch.items() if x is not None and key not in IMAGES}
-    pooling = last_token_mixer(model)
+    pooled = gives_rows(model)
     if for_token_loss:
-        _check_token_loss(model, rows, pooled=pooling is not None)
+        _check_token_loss(model, rows, pooled=pooled)
     check_has_mixers(model)
     model = model_with_mixers(model)
     documents = documents_of_hf_batch(rows)
@@ -208,7 +208,7 @@ def _rows_of(batch: Mapping[str, Any], model: nn.Module, *, for_token_loss: bool
     whole = without_types(with_blocks(whole, model), model)
     whole["position_ids"] = documents.position_ids()
     fields = DEFAULT_FIELDS
-    if pooling is not None:
+    if pooled:
         fields = {**fields, "labels": WHOLE}
     elif "labels" in rows and getattr(model, "loss_type", None) not in LABELED_IN_PLACE:
         check_not_shifted(rows)

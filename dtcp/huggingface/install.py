@@ -36,6 +36,7 @@ from dtcp.huggingface.recurrent_layers import OWN_MASK, install_recurrent_mixers
 from dtcp.huggingface.rotary_lengths import install_rotary_lengths
 from dtcp.huggingface.router_logits import leave_out_own_balance
 from dtcp.huggingface.row_checks import install_row_checks
+from dtcp.huggingface.row_heads import install_row_heads, install_trunk
 from dtcp.huggingface.survey import Survey, survey
 from dtcp.huggingface.token_dropouts import install_token_dropouts
 from dtcp.huggingface.token_types import READS_TYPES, check_no_types
@@ -86,10 +87,12 @@ def install_mixers(model: Any) -> Survey:
         pass_metadata_to_base(model)
     if result.pooled_head is not None:
         install_pooled_head(model, result.pooled_head)
+    install_row_heads(model, result.row_heads)
     registry.register_attention(survey_mask)
     registry.set_attention(model, registry.IMPLEMENTATION)
     _leave_others(model, result, before)
     _check_inner_calls(model, result)
+    install_trunk(model, result.row_heads)
     if result.images:
         install_image_inputs(model, result.images, prompts=result.sees_prompt)
     if result.encoder:

@@ -11,6 +11,7 @@ from dtcp.huggingface.images import IMAGES, image_arguments
 from dtcp.huggingface.padding_ids import check_counted_ids
 from dtcp.huggingface.pooled_head import check_last_tokens, check_pad_token, last_token_mixer
 from dtcp.huggingface.positions import check_longest
+from dtcp.huggingface.row_heads import check_pooled_rows
 from dtcp.huggingface.token_ids import IDS, check_ids
 from dtcp.mixer_metadata import ROW_CHECK
 from dtcp.rows import Rows
@@ -38,6 +39,7 @@ def _check_rows(model: Any, key: str, rows: Rows) -> None:
     """
     ids, documents = rows.tokens.get(IDS[0]), rows.documents
     check_longest(rows, model)
+    check_pooled_rows(model, documents, documents.seq_len)
     if ids is None:
         return
     # Some models mark the tokens of images by ids beyond their embedding.

@@ -26,6 +26,7 @@ from dtcp.huggingface.recorder import Recorder, SurveyedAttention, survey_mask
 from dtcp.huggingface.recurrent_layers import SurveyedMixer, noting_kernels
 from dtcp.huggingface.rotary_lengths import keeping_frequencies
 from dtcp.huggingface.router_logits import without_router_logits
+from dtcp.huggingface.row_heads import RowHead, dropped_in_heads
 from dtcp.huggingface.survey_probe import SurveyProbe, most_positions
 from dtcp.huggingface.token_dropouts import DropoutCalls, SurveyedDropout
 from dtcp.huggingface.unread_adapters import noting_unread_adapters
@@ -52,6 +53,7 @@ class Survey:
         uncounted_padding: whether it counts positions without tokens of the id of padding.
         dropouts: modules that drop channels of tokens.
         sees_prompt: whether tokens of type 0, a prompt's, see each other in its masks.
+        row_heads: what reads whole rows.
     """
 
     attentions: tuple[SurveyedAttention, ...]
@@ -70,6 +72,7 @@ class Survey:
     uncounted_padding: bool = False
     dropouts: tuple[SurveyedDropout, ...] = ()
     sees_prompt: bool = False
+    row_heads: tuple[RowHead, ...] = ()
 
     def check(self) -> None:
         """Raise if anything is refused.
@@ -104,6 +107,8 @@ def survey(model: Any) -> Survey:
             with noting_unread_adapters(model, refused):
                 probe.run()
             refused += dropouts.refused()
+            names = (each.name for each in dropouts.surveyed())
+            refused += dropped_in_heads(model, probe.row_heads, names)
         except registry.UnreadAttentionError:
             raise
         except Exception as error:  # noqa: BLE001
@@ -127,6 +132,7 @@ def survey(model: Any) -> Survey:
         uncounted_padding=probe.uncounted_padding,
         dropouts=dropouts.surveyed(),
         sees_prompt=probe.sees_prompt,
+        row_heads=probe.row_heads,
     )
 
 

@@ -34,6 +34,7 @@ from dtcp.huggingface.positions import (
     takes_positions,
 )
 from dtcp.huggingface.recorder import Recorder, varies
+from dtcp.huggingface.row_heads import RowHead, find_row_heads
 from dtcp.huggingface.token_types import TYPES, embeds_types
 
 
@@ -56,6 +57,7 @@ class SurveyProbe:
         self.positions = Positions()
         self.uncounted_padding = False
         self.pooled_head: PooledHead | None = None
+        self.row_heads: tuple[RowHead, ...] = ()
         self.images = ""
         self.reads_types = False
         self.sees_prompt = False
@@ -164,9 +166,17 @@ class SurveyProbe:
             of_rows = outputs_of_rows(self.counted(), seq_len, self.recorder.memory_len)
         if of_rows:
             self.pooled_head = find_pooled_head(model, self.call_rows, seq_len)
-            if self.pooled_head is None:
-                self.recorder.refused.append(_unknown_outputs(model, of_rows))
-        mixing = find_mixing(model, self.counted, seq_len, pools=bool(of_rows))
+        known = bool(of_rows and (self.pooled_head or self.encoder))
+        find = partial(find_mixing, model, self.counted, seq_len, pools=known)
+        mixing = find()
+        if (mixing or of_rows) and not (
+            self.encoder or self.pooled_head or language_model_name(model)
+        ):
+            attentions = self.recorder.attentions
+            heads, mixing = find_row_heads(model, find, self.call_rows, seq_len, attentions)
+            self.row_heads = () if mixing else tuple(heads)
+        if of_rows and not (self.pooled_head or self.row_heads):
+            self.recorder.refused.append(_unknown_outputs(model, of_rows))
         if self.encoder:
             mixing += find_mixing(model, self.counted, self.recorder.memory_len, pools=True)
             mixing += self.mixing_before_keys()
@@ -197,8 +207,9 @@ class SurveyProbe:
                     mixing.append(name)
         return mixing
 
-    def call_rows(self, input_ids: Tensor) -> Any:
-        return self.call(input_ids, position_ids=self.position_ids.expand(len(input_ids), -1))
+    def call_rows(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        counted = self.position_ids[:, : input_ids.shape[1]].expand(len(input_ids), -1)
+        return self.call(input_ids, position_ids=counted, **kwargs)
 
     def counts(self) -> bool:
         """Whether tokens of one id at one position differ: then something unknown counts them."""

@@ -26,10 +26,10 @@ from dtcp.huggingface.images import IMAGES
 from dtcp.huggingface.install import model_with_mixers
 from dtcp.huggingface.left_padding import left_padding, moved_back, moved_to_right
 from dtcp.huggingface.linear_head import LinearHead
-from dtcp.huggingface.pooled_head import last_token_mixer
 from dtcp.huggingface.prefetched_rows import PrefetchedRows
 from dtcp.huggingface.rotary_lengths import goes_by_length
 from dtcp.huggingface.router_logits import balance_loss_of_batch, balance_weight, is_balanced
+from dtcp.huggingface.row_heads import gives_rows
 from dtcp.inference_mode import no_inference_tensors
 from dtcp.labels import IGNORED, shift_labels
 from dtcp.linear_logits import LinearLogits
@@ -172,7 +172,7 @@ class WholeRows(nn.Module):
         head = None if numbers or targets is None else self._head()
         with self._autocast(), nullcontext() if head is None else head.hold():
             out = self.module(**local, attn_metadata=sharded.attn_metadata, **asked)
-        if last_token_mixer(self.module) is not None:
+        if gives_rows(self.module):
             return self._outputs_of_rows(self._given(out.logits)[: sharded.unpadded_rows], targets)
         self.gave_share = items is not None and not numbers
         if targets is None:
@@ -271,7 +271,7 @@ class WholeRows(nn.Module):
             labels is None
             or in_place
             or encoder_name(model_with_mixers(module))
-            or last_token_mixer(module) is not None
+            or gives_rows(module)
         ):
             raise ValueError(
                 f"Log-probabilities of next tokens are a language model's, of its labels, got "

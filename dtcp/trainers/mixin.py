@@ -19,7 +19,7 @@ from dtcp.distributed.gathered import free_gathered
 from dtcp.distributed.mesh import ParallelMesh, check_no_stages, check_parallel_mesh
 from dtcp.forward import wrap_forward
 from dtcp.huggingface.documents import documents_of_hf_batch
-from dtcp.huggingface.pooled_head import last_token_mixer
+from dtcp.huggingface.row_heads import gives_rows
 from dtcp.huggingface.whole_rows import WholeRows
 from dtcp.labels import IGNORED, shift_labels
 from dtcp.parallelize import parallelize_hf
@@ -151,7 +151,7 @@ class MeshTrainerMixin(PolicyRows, SharedDecisions):
         check_given_optimizer(self.optimizer, self.model)
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             check_optimizer_name(self.args)
-        of_tokens = last_token_mixer(self.model) is None
+        of_tokens = not gives_rows(self.model)
         if of_tokens and not smooths_by_itself(type(self)):
             self.label_smoother = None  # the model's loss has it
         check_parts_of_loss(self, z_loss, of_tokens=of_tokens)
@@ -190,7 +190,7 @@ class MeshTrainerMixin(PolicyRows, SharedDecisions):
         else:
             self._place(model, self.mesh, **asked_of_placing(self.args))
         # What the trainer reads off a forward, which has something around it now.
-        adapted_model(model).accepts_loss_kwargs = last_token_mixer(model) is None
+        adapted_model(model).accepts_loss_kwargs = not gives_rows(model)
         return model
 
     def call_model_init(self, trial: Any = None) -> Any:

@@ -21,6 +21,7 @@ from dtcp.huggingface import Survey, install_mixers
 from dtcp.huggingface.expert_capacity import PositionInExpertCP
 from dtcp.huggingface.images import CUT, CutRowsCP
 from dtcp.huggingface.install import check_has_no_mixers
+from dtcp.huggingface.joined_rows import JoinRowsCP
 from dtcp.huggingface.last_token import LastTokenCP
 from dtcp.huggingface.latents import exchange_latents, hands_on_latents
 from dtcp.huggingface.picking_attention import INDEXER
@@ -92,7 +93,7 @@ def parallelize_hf(
 
     Batches come from shard_hf_batch, and the loss is token_mean_loss: gradients are sums over
     ranks, and under tp a language model's logits are a DTensor sharded in the vocabulary. A head
-    that gives one output per row, that of its last token, gives it on every rank of cp.
+    that gives one output per row (of its last token, a mean) gives it on every rank of cp.
 
     Args:
         model: on a real device, with its weights; or on the meta device: load_hf follows. Or a
@@ -165,6 +166,7 @@ def hf_plan(
         styles[f"{survey.images}.{CUT}"] = CutRowsCP()
     if survey.pooled_head is not None:
         styles[f"{survey.pooled_head.name}.{MIXER}"] = LastTokenCP()
+    styles |= {head.mixer: JoinRowsCP() for head in survey.row_heads}
     experts = hf_expert_plan(model, mesh, expert_exchange)
     tp = _without(experts, hf_tensor_plan(model, mesh.size("tp"))) if mesh.tp is not None else {}
     _check_picked_latents(survey, mesh, tp)

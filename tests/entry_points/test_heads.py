@@ -151,27 +151,9 @@ def test_B1_reward_model_of_ones_own_gives_the_last_tokens_reward(mesh):
     assert_gradients(model, gradients(reference), BOUND)
 
 
-POOLS = {
-    "mean": lambda model, hidden: model.value(hidden.mean(1)),
-    "first": lambda model, hidden: model.value(hidden[:, 0]),
-    "last hidden": lambda model, hidden: model.value(hidden[:, -1]),
-    "greatest": lambda model, hidden: model.value(hidden).amax(1),
-    "last to all": lambda model, hidden: model.value(hidden + hidden[:, -1:]),
-}
-
-
-@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
-def test_B1_pools_of_other_kinds_are_refused_by_name(pool):
-    with pytest.raises(ValueError, match=r"Rewards: gives outputs|the model \(Rewards\): tokens"):
-        install_mixers(rewards(pool))
-
-
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
-def test_B1_pooled_heads_of_encoders_are_refused_by_name(kind):
-    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = build(kind, head="SequenceClassification", **quiet, **HEAD)
-    with pytest.raises(ValueError, match=r"ForSequenceClassification: gives outputs of shapes"):
-        install_mixers(model)
+def test_B1_pools_that_tokens_read_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"the model \(Rewards\): tokens meet in it"):
+        install_mixers(rewards(lambda model, hidden: model.value(hidden + hidden[:, -1:])))
 
 
 @spmd(ranks=2)
