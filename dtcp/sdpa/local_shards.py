@@ -10,7 +10,7 @@ context is open needs no global variable.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -87,7 +87,8 @@ class local_shards(sequence_layout):
     Activation checkpointing runs forward once more in the backward pass. torch's reentrant kind
     recomputes inside the context again, wherever backward is called. With the other kind call
     backward inside as well: torch's checkpoint raises where it is outside, since recomputation
-    then keeps other tensors than forward did.
+    then keeps other tensors than forward did. torch's fused attention of evaluation
+    (torch.backends.mha) is off inside.
     """
 
     def __init__(
@@ -110,6 +111,17 @@ class local_shards(sequence_layout):
         self.position_ids = position_ids.to(device)
         self.axis, self.rows = axis, documents.batch
         self.attended = False
+        self.fast_paths: list[bool] = []
+
+    def __enter__(self) -> Self:
+        # Traced code takes, in evaluation, torch's fused encoder layer, and no mode sees that.
+        self.fast_paths.append(torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        torch.backends.mha.set_fastpath_enabled(self.fast_paths.pop())
+        super().__exit__(*raised)
 
     def __torch_function__(
         self,
@@ -141,8 +153,8 @@ class local_shards(sequence_layout):
         with self:
             run_backward(loss, *args, **kwargs)
 
-    def _is_sharded(self, query: Tensor) -> bool:
-        return not isinstance(query, DTensor) or super()._is_sharded(query)
+    def _is_sharded(self, query: Tensor, seq_dim: int = SDPA_SEQ) -> bool:
+        return not isinstance(query, DTensor) or super()._is_sharded(query, seq_dim)
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any

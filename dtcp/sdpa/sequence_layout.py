@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from dtcp.distributed.groups import group_sizes
 from dtcp.metadata import AttentionMetadata
 from dtcp.sdpa.arguments import SDPA_HEADS, SDPA_SEQ, check_arguments
+from dtcp.sdpa.multi_head import MULTI_HEAD_ATTENTION, attend_by_heads
 from dtcp.sequence.arguments import check_kind
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
@@ -92,10 +93,12 @@ class sequence_layout(TorchFunctionMode):
             query = args[0] if args else kwargs["query"]
             if self._is_sharded(query):
                 return self._attend(*args, **kwargs)
+        if func is MULTI_HEAD_ATTENTION and self._is_sharded(args[0], seq_dim=0):
+            return attend_by_heads(self._attend, *args, **kwargs)
         return func(*args, **kwargs)
 
-    def _is_sharded(self, query: Tensor) -> bool:
-        return isinstance(query, DTensor) and Shard(SDPA_SEQ) in query.placements
+    def _is_sharded(self, query: Tensor, seq_dim: int = SDPA_SEQ) -> bool:
+        return isinstance(query, DTensor) and Shard(seq_dim) in query.placements
 
     def _attend(
         self,
