@@ -90,8 +90,16 @@ def lines(report: CheckReport, options: CheckOptions) -> list[str]:
         return [*text, "refused:", *(f"  {line}" for line in mixing.refused), "FAILED"]
     for name, result in report.runs.items():
         text += [f"{name}, errors of all ranks, traffic of rank 0:", *_result_lines(result)]
-        text += [f"  OUT OF BOUND {key}: {e:.1e}" for key, e in report.failures(name).items()]
+        failures = report.failures(name)
+        text += [f"  OUT OF BOUND {key}: {e:.1e}" for key, e in failures.items()]
+        text += [_WRONG_LOSS] if "loss" in failures else []
     return [*text, "PASSED" if report.passed else "FAILED"]
+
+
+_WRONG_LOSS = (
+    "  The loss itself is out of bound: does the model count positions? A shard does not start at "
+    "0, so they come as an argument (docs/add_a_model.md)."
+)
 
 
 def _result_lines(result: ParityResult) -> list[str]:
@@ -191,9 +199,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ep", type=int, default=1, help="ranks with experts of their own")
     parser.add_argument("--strategy", choices=_STRATEGIES, default=_STRATEGIES[0])
     parser.add_argument("--layout", choices=_LAYOUTS, default=_LAYOUTS[0])
-    parser.add_argument("--seq-len", type=int, default=48)
-    parser.add_argument("--bound", type=float, default=1e-5, help="relative error that passes")
-    parser.add_argument("--compile", default="aot_eager", help="a backend, or '' for eager only")
+    parser.add_argument("--seq-len", type=int, default=48, help="tokens of a row: 48")
+    parser.add_argument(
+        "--bound", type=float, default=1e-5, help="relative error that passes: 1e-5"
+    )
+    parser.add_argument("--compile", default="aot_eager", help="a backend ('' for none): aot_eager")
     return parser
 
 

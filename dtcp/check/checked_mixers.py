@@ -21,6 +21,7 @@ from dtcp.parallelize import Compile, ParallelPlan, parallelize
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sharded_batch import ShardedBatch
+from dtcp.softmax.mixer import CrossAttention
 from dtcp.softmax.style import AttentionStyle
 
 
@@ -46,6 +47,7 @@ class CheckedMixerModel:
         return in_fp64(model_of_function(self.model, **self.change))
 
     def mixing(self, model: nn.Module, style: AttentionStyle, tp: int = 1) -> Mixing:
+        _check_one_sequence(model)
         seq_len = probe_length(model)
         documents = Documents.single(1, seq_len)
         input_ids = torch.arange(seq_len)[None] % vocabulary(model)
@@ -108,14 +110,24 @@ def _metadata(model: nn.Module, documents: Documents) -> BatchMetadata:
     return batch_metadata(model, documents, prefix=prefix, block=block)
 
 
+def _check_one_sequence(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, CrossAttention):
+            raise ModelRefused(
+                f"A check runs a model on one sequence, got {name} (CrossAttention), which attends "
+                f"to another: compare it with one device in a script (docs/strategies.md, Keys of "
+                f"another sequence), or check its encoder alone."
+            )
+
+
 def _prefixes_and_blocks(documents: Documents) -> tuple[Tensor, Tensor]:
-    """For masks that ask: a third of each document as its prefix, and no blocks."""
+    """For masks that ask: a third of a document as prefix, each second five tokens as a block."""
     by_token = [
         torch.tensor([length // 3 for length in row]).repeat_interleave(torch.tensor(row))
         for row in documents.lengths
     ]
-    prefix = torch.stack(by_token)
-    return prefix, torch.full_like(prefix, -1)
+    fives = documents.position_ids() // 5
+    return torch.stack(by_token), torch.where(fives % 2 == 0, -1, fives)
 
 
 @contextmanager

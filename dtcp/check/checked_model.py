@@ -100,11 +100,17 @@ def check_logits(model: nn.Module, logits: Any, seq_len: int) -> Tensor:
     """
     if isinstance(logits, Tensor) and logits.shape[:-1] == (1, seq_len):
         return logits
-    got = f"a tensor of shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits)
+    what = f"from {type(model).__name__} for [1, {seq_len}] tokens"
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"A checked model returns logits [B, S, C], got a {type(logits).__name__} {what}: "
+            f"check a module around it that returns them alone, and leaves losses as attributes "
+            f"(docs/check.md)."
+        )
     raise ValueError(
-        f"A checked model returns logits [B, S, C], one vector for each token, got {got} from "
-        f"{type(model).__name__} for [1, {seq_len}] tokens: check a model without what pools or "
-        f"gathers them (docs/not_supported.md says how to pool)."
+        f"A checked model returns logits [B, S, C], one vector for each token, got a tensor of "
+        f"shape {list(logits.shape)} {what}: check a model without what pools or gathers them "
+        f"(docs/not_supported.md says how to pool)."
     )
 
 

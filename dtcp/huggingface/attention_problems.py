@@ -63,8 +63,8 @@ def problems_of(
     problems = [of_keys] if of_keys else []
     if arguments.get("dropout"):
         problems.append(
-            f"dropout={arguments['dropout']} in training would depend on the mesh: set "
-            f"config.attention_dropout = 0.0."
+            f"dropout={arguments['dropout']} in training would depend on the mesh: set it to 0.0 "
+            f"in the config (attention_dropout, attn_pdrop, attention_probs_dropout_prob)."
         )
     if unknown:
         meant = ", ".join(f"{key} ({MEANT.get(key, 'unknown')})" for key in unknown)

@@ -128,7 +128,8 @@ def test_model_that_counts_its_own_positions_fails(mesh):
     )
     assert not report.passed
     assert "places.weight" in report.failures("e")
-    assert lines(report, options)[-1] == "FAILED"
+    *_, hint, verdict = lines(report, options)
+    assert "does the model count positions?" in hint and verdict == "FAILED"
 
 
 @pytest.mark.parametrize(("plan", "graphs", "breaks"), [("plan", 1, 0), ("island_plan", 2, 1)])
@@ -215,7 +216,10 @@ def test_config_of_a_big_model_is_shrunk_with_a_layer_of_each_kind(tmp_path):
         ("--hf-config llama --tp 3", "splits vocab_size into equal parts, got 64 with tp=3"),
         ("--hf-config llama --cp 0", "A degree counts ranks, got cp=0"),
         ("--hf-config llama --set num_hidden_layers=0", "compares layers that mix tokens, got a"),
-        ("--hf-config llama --set attention_dropout=0.1", "set config.attention_dropout = 0"),
+        (
+            "--hf-config llama --set attention_dropout=0.1",
+            "set it to 0.0 in the config (attention_dropout, attn_pdrop",
+        ),
     ],
 )
 def test_what_cannot_be_checked_is_refused_in_a_sentence(capsys, arguments, message):

@@ -19,7 +19,7 @@ from dtcp.huggingface.small_config import MOST_PARAMETERS, small_config
 from dtcp.parallelize import ParallelPlan
 from dtcp.sequence.masks import Bidirectional
 from dtcp.softmax import RingAttention, UlyssesAttention
-from dtcp.softmax.mixer import SoftmaxAttention
+from dtcp.softmax.mixer import CrossAttention, SoftmaxAttention
 from tests.check.test_check import CountsItsOwnPositions, Layer, Small
 from tests.harness.spmd import spmd
 
@@ -91,6 +91,12 @@ class Crosses(Small):
     def forward(self, input_ids, position_ids, attn_metadata):
         x = super().forward(input_ids, position_ids, attn_metadata).unflatten(-1, (3, 16))
         return self.cross(x, *(torch.cat([x, x[:, :5]], 1),) * 2, attn_metadata).flatten(2)
+
+
+class Translates(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cross = CrossAttention()
 
 
 class SmoothsKeys(Small):
@@ -228,7 +234,8 @@ def test_B7_claims_of_a_plan_that_no_rank_has_applied_name_the_plan():
         (f"--model {HERE}:Crosses", "cross (SoftmaxAttention): Attention reads the keys of its"),
         (f"--model {HERE}:SmoothsKeys", "layer (Layer): tokens meet in it, and in no mixer"),
         (f"--model {HERE}:Means", "one vector for each token, got a tensor of shape [1, 48]"),
-        (f"--model {HERE}:Returns", "got <class 'tuple'> from Returns"),
+        (f"--model {HERE}:Returns", "got a tuple from Returns for [1,"),
+        (f"--model {HERE}:Translates", "got cross (CrossAttention), which attends to another"),
         (f"--model {HERE}:Breaks", "Breaks runs on one device, got KeyError at test_check.py:"),
         (f"--model {HERE}:Blind --compile=", "has gradients on one device, got none in Blind"),
         (f"--model {HERE}:Infinite --compile=", "has a finite loss on one device, got"),
