@@ -48,10 +48,20 @@ def apply_plan(
         _check_router_losses(model, mesh)
         _warn_of_dropout(model)
         _check_nodes(mesh, plan.values())
-        parallelize_module(model, mesh, dict(plan))
+        apply_styles(model, mesh, plan)
     else:
         _apply_whole(model, plan)
     return model
+
+
+def apply_styles(model: nn.Module, mesh: DeviceMesh, plan: Mapping[str, ParallelStyle]) -> None:
+    """torch's parallelize_module, of names: of a pattern it warns wherever a part finds nothing.
+
+    In a hybrid, `layers.*.mixer.conv` finds it in some layers only, and that is what it means.
+    """
+    for key, style in plan.items():
+        names = [key] if is_name(key) else find(model, [key])
+        parallelize_module(model, mesh, dict.fromkeys(names, style))
 
 
 def _apply_whole(model: nn.Module, plan: Mapping[str, ParallelStyle]) -> None:
@@ -104,9 +114,14 @@ def matching(names: Collection[str], key: str) -> list[str]:
     Args:
         names: quick to look one up in.
     """
-    if not any(letter in key for letter in "*?["):
+    if is_name(key):
         return [key] if key in names else []
     return [name for name in names if matches(name, key)]
+
+
+def is_name(key: str) -> bool:
+    """Whether a plan key has no patterns in it."""
+    return not any(letter in key for letter in "*?[")
 
 
 def matches(name: str, key: str) -> bool:

@@ -12,17 +12,20 @@ Checkpointing and compile replace a block's `forward` and nothing else: modules 
 so do checkpoints, and dynamo guards what it compiles.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
-from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ParallelStyle
 
 from dtcp.compile import EagerIsland
 from dtcp.distributed.mesh import ParallelMesh, check_parallel_mesh
 from dtcp.experts import RouterLoss
-from dtcp.mixer_plan import apply_plan, find, matching, on_nodes
+from dtcp.mixer import Mixer
+from dtcp.mixer_plan import apply_plan, apply_styles, find, matching, on_nodes
 from dtcp.parallelize.activation_checkpoint import (
     KINDS,
     ActivationCheckpoint,
@@ -160,13 +163,46 @@ def _apply_styles(model: nn.Module, mesh: ParallelMesh, plan: ParallelPlan) -> N
     """The styles of all axes, and losses of routers over the tokens of all ranks."""
     if mesh.tp is not None:
         tied = find_tied_parameters(model)
-        parallelize_module(model, mesh.tp, dict(plan.tp))
+        apply_styles(model, mesh.tp, plan.tp)
         restore_tied_parameters(model, tied)
     for module in model.modules():
         if isinstance(module, RouterLoss):
             module.axis = mesh.loss
+    _warn_of_no_mixer(model, mesh)
     apply_plan(model, mesh.cp, on_nodes(plan.cp, mesh.cp_ranks_per_node()))
     _spread_experts(model, mesh, plan)
+    _warn_of_weights_without_tp(model, mesh)
+
+
+def _warn_of_weights_without_tp(model: nn.Module, mesh: ParallelMesh) -> None:
+    """Say that weights of no tp style have a gradient per rank, and no norm with the others."""
+    if mesh.size("tp") == 1:
+        return
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    without = [name for name, parameter in named if not isinstance(parameter, DTensor)]
+    if without:
+        warnings.warn(
+            f"Weights are placed on tp, got {len(without)} of {len(named)} that no style places, "
+            f"{without[0]!r} first: clip_grad_norm_ fails on two kinds of mesh, and behind a split "
+            f"layer a rank's gradient is that of its own heads. Name their modules in the plan, "
+            f"with ReplicatedParams() of dtcp.parallelize.tensor_parallel, or "
+            f"ReplicatedParams(Shard(2)) where ranks have their own heads [B, L, H, D].",
+            stacklevel=4,
+        )
+
+
+def _warn_of_no_mixer(model: nn.Module, mesh: ParallelMesh) -> None:
+    """Say that nothing in a model brings tokens of other ranks; stages of one may have no layer."""
+    if mesh.size("cp") == 1 or mesh.pp is not None:
+        return
+    if not any(isinstance(module, Mixer) for module in model.modules()):
+        warnings.warn(
+            f"Tokens of several ranks meet in mixers, got cp={mesh.size('cp')} and a "
+            f"{type(model).__name__} without one: each rank attends to its own tokens alone, but "
+            f"where the model runs inside local_shards or a context of dtcp.cp_utils. "
+            f"python -m dtcp.check names the modules where tokens meet.",
+            stacklevel=4,
+        )
 
 
 def _checkpointed_and_compiled(
@@ -205,7 +241,7 @@ def _spread_experts(model: nn.Module, mesh: ParallelMesh, plan: ParallelPlan) ->
             f"Ranks of ep have different experts, got ep={mesh.size('ep')} for a "
             f"{type(model).__name__} whose plan names no experts: set ep to 1."
         )
-    parallelize_module(model, mesh.ep, dict(plan.ep))
+    apply_styles(model, mesh.ep, plan.ep)
 
 
 def _styles_inside(

@@ -4,8 +4,12 @@ import warnings
 
 import pytest
 from torch import nn
+from torch.distributed.tensor.parallel import ColwiseParallel
 
+from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.mixer_plan import apply_plan
+from dtcp.parallelize import ParallelPlan, parallelize
+from dtcp.parallelize.tensor_parallel import ReplicatedParams
 from dtcp.sequence.masks import Causal
 from dtcp.softmax import RingAttention
 from dtcp.softmax.mixer import SoftmaxAttention
@@ -24,6 +28,41 @@ def test_dropout_of_a_model_whose_rows_are_cut_is_warned_of(mesh):
     with warnings.catch_warnings(action="error"):
         applied(mesh, nn.Dropout(0.0), nn.Dropout(0.1).eval())
         applied(None, nn.Dropout(0.1))
+
+
+@spmd(ranks=2)
+def test_a_key_that_names_modules_in_some_layers_alone_is_quiet(mesh):
+    """torch warned of each layer of a hybrid without one, as of an entry that it skipped."""
+    layers = {"mix": SoftmaxAttention(Causal())}, {"conv": nn.Linear(2, 2)}
+    model = nn.ModuleList(nn.ModuleDict(layer) for layer in layers)
+    with warnings.catch_warnings(action="error"):
+        apply_plan(model, mesh, {"*.mix": RingAttention()})
+    assert model[0]["mix"].style is not None
+
+
+@spmd(ranks=2)
+def test_a_model_without_a_mixer_is_warned_of(mesh):
+    """Each rank attended to its own tokens, and nothing said so."""
+    ranks, plan = ParallelMesh.from_degrees(Degrees(cp=2), "cpu"), ParallelPlan({}, {}, blocks=())
+    with pytest.warns(UserWarning, match="cp=2 and a Linear without one"):
+        parallelize(nn.Linear(2, 2), ranks, plan)
+    with warnings.catch_warnings(action="error"):
+        parallelize(nn.Linear(2, 2), ParallelMesh.from_degrees(Degrees(dp_shard=2), "cpu"), plan)
+
+
+@spmd(ranks=2)
+def test_weights_that_no_style_of_tp_places_are_warned_of(mesh):
+    """Their gradients have no norm with the others, which clip_grad_norm_ said in torch's words."""
+    ranks, tp = ParallelMesh.from_degrees(Degrees(tp=2), "cpu"), {"0": ColwiseParallel()}
+    with pytest.warns(UserWarning, match=r"got 2 of 4 that no style places, '1.weight' first"):
+        parallelize(two_layers(), ranks, ParallelPlan(tp, {}, blocks=()))
+    with warnings.catch_warnings(action="error"):
+        plan = ParallelPlan(tp | {"1": ReplicatedParams()}, {}, blocks=())
+        parallelize(two_layers(), ranks, plan)
+
+
+def two_layers():
+    return nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
 
 
 @pytest.mark.parametrize("whole", [False, True])
