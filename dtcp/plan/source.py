@@ -179,10 +179,8 @@ def _workload(
         unit = lcm(cluster.nodes, cluster.gpus // (cluster.gpus & -cluster.gpus))
         rows = unit * 2 ** max(0, (4_194_304 // max(1, seq_len) // unit).bit_length() - 1)
     if seq_len < 1 or rows < 1:
-        raise ValueError(
-            f"A step has rows of tokens, got --seq-len {seq_len}, --global-batch {rows}: give 1 or "
-            f"more of each."
-        )
+        got = f"--seq-len {seq_len}" if seq_len < 1 else f"--global-batch {rows}"
+        raise ValueError(f"A step has rows of tokens, got {got}: give 1 or more.")
     return Workload(asked_documents(arguments.documents, seq_len), rows, precision)
 
 

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from math import inf
 from pathlib import Path
 
@@ -139,15 +139,23 @@ def cluster_here(gpus: int, ranks_per_node: int = 0) -> Cluster:
 
 
 def _of_file(path: Path) -> Cluster:
+    names = [each.name for each in fields(Cluster)]
     try:
         values = json.loads(path.read_text())
-        kind = KINDS.get(values.pop("kind", ""), None)
-        base = {} if kind is None else asdict(kind)
+        kind = values.pop("kind", "")
+        base = asdict(KINDS[kind]) if kind in KINDS else {}
         base.pop("gpus", None)  # how many there are is not a kind's to say
-        return Cluster(**{**base, **values})
+        if kind and not base:
+            raise ValueError(f"{kind!r} is no kind, so say name, memory, flops and inside")
+        if unknown := [name for name in values if name not in names]:
+            raise ValueError(f"{', '.join(unknown)} is no field")
+        values = {**base, **values}
+        required = (each.name for each in fields(Cluster) if each.default is MISSING)
+        if missing := [name for name in required if name not in values]:
+            raise ValueError(f"it does not say {', '.join(missing)}")
+        return Cluster(**values)
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        names = ", ".join(each.name for each in fields(Cluster))
         raise ValueError(
-            f"A cluster's file is JSON with the fields {names} (or gpus, a kind of "
+            f"A cluster's file is JSON with the fields {', '.join(names)} (or gpus, a kind of "
             f"{', '.join(KINDS)}, and what differs), got {str(path)!r}: {str(error).rstrip('.')}."
         ) from None

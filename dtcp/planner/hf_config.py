@@ -45,6 +45,10 @@ def config_file(source: str) -> Path | None:
     presets = sorted(each.stem for each in PRESETS.glob("*.json"))
     close = difflib.get_close_matches(source, [*presets, *types], n=1)
     hint = f"did you mean {close[0]}? Presets are" if close else "presets are"
+    if path.suffix == ".json":
+        hint = f"there is no such file; {hint}"
+    elif "/" in source:
+        hint = f"nothing is downloaded, so give its config.json; {hint}"
     raise ValueError(
         f"A config is a config.json, its folder, a preset or a model type of transformers, got "
         f"{source!r}: {hint} {', '.join(presets)}."

@@ -154,7 +154,7 @@ def on_one_line(text: str) -> str:
     """A text on one line; lines that differ only in a layer's number become one."""
     kinds: dict[str, list[str]] = {}
     for line in (" ".join(line.split()) for line in text.splitlines()):
-        kinds.setdefault(re.sub(r"\.\d+(?=[\s.])", ".*", line), []).append(line)
+        kinds.setdefault(re.sub(r"(?<=[A-Za-z_])\.\d+(?=[\s.])", ".*", line), []).append(line)
     return " ".join(kind if len(lines) > 1 else lines[0] for kind, lines in kinds.items())
 
 

@@ -18,6 +18,7 @@ from dtcp.plan import __main__ as command
 from dtcp.plan.source import asked_documents
 from dtcp.planner.cluster import GB, cluster_of
 from dtcp.planner.forecast import forecast, row_degrees, row_ranks_per_node
+from dtcp.planner.report import on_one_line
 from dtcp.planner.search import Planner
 from dtcp.planner.setup import Setup
 from dtcp.planner.subject import FamilyModel, OwnModel, subject_of_hf
@@ -79,10 +80,18 @@ def test_plan_as_json_has_bytes_and_seconds(capsys):
     assert found["assumptions"] and best["received"]["cp"]["forward"] > 0
 
 
+def test_layers_that_are_refused_alike_are_one_and_numbers_are_as_they_are():
+    """The 1 of dropout=0.1 was taken for a layer's number: set config.dropout = 0.*"""
+    lines = (f"h.{i}.attn: dropout=0.1 in training: set config.dropout = 0." for i in range(3))
+    said = on_one_line("\n".join(lines))
+    assert said == "h.*.attn: dropout=0.1 in training: set config.dropout = 0."
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--hf-config", "nowhere.json"], "A config is a config.json, its folder, a preset or a"),
+        (["--hf-config", "nowhere.json"], "got 'nowhere.json': there is no such file; presets"),
+        (["--hf-config", "org/name"], "got 'org/name': nothing is downloaded, so give its config"),
         (["--hf-config", ""], "got --hf-config '': name a config, a model or a folder"),
         (["--config", ""], "got --config '': name a config"),
         (["--hf-config", "llama3.1-8b", "--cluster", "eight"], "A cluster is so many GPUs of a"),
@@ -126,7 +135,7 @@ def test_plan_as_json_has_bytes_and_seconds(capsys):
         (["--hf-config", "llama3.1-8b", "--plan", "a:b"], "--plan goes with --model"),
         (["--hf-config", "llama3.1-8b", "--html", "/nowhere/x.html"], "make /nowhere first"),
         (["--hf-config", "llama3.1-8b", "--documents", "lognormal:inf:1"], "Lengths are drawn as"),
-        (["--hf-config", "llama3.1-8b", "--seq-len", "0"], "got --seq-len 0, --global-batch"),
+        (["--hf-config", "llama3.1-8b", "--seq-len", "0"], "got --seq-len 0: give 1 or more."),
         (["--hf-config", "llama3.1-8b", "--global-batch", "-3"], "--global-batch -3: give 1"),
         (["--hf-config", "llama3.1-8b", "--mesh", "cp=8,cp=4"], "an axis is given twice"),
         (["--hf-config", "llama3.1-8b", "--mesh", "tp=8", "--seq-len", "1001"], "1000 say"),
@@ -324,9 +333,14 @@ def test_a_cluster_is_read_from_a_file(tmp_path):
     path.write_text(json.dumps({"kind": "H200", "gpus": 16, "matmul": 0.7}))
     cluster = cluster_of(str(path))
     assert (cluster.gpus, cluster.matmul, cluster.memory) == (16, 0.7, 141 * GB)
-    path.write_text(json.dumps({"kind": "H200", "speed": 1}))
-    with pytest.raises(ValueError, match="A cluster's file is JSON with the fields"):
-        cluster_of(str(path))
+    for wrong, why in (
+        ({"kind": "H200", "gpus": 8, "speed": 1}, "speed is no field"),
+        ({"kind": "A100", "gpus": 8}, "'A100' is no kind, so say name, memory, flops and inside"),
+        ({"kind": "H200"}, "it does not say gpus"),
+    ):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=f"A cluster's file is JSON with the .*: {why}.$"):
+            cluster_of(str(path))
 
 
 def test_forecast_leaves_torch_as_it_was():
