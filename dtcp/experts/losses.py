@@ -18,8 +18,8 @@ def balance_loss_share(
     probabilities: Tensor,
     index: Tensor,
     *,
+    axis: DeviceMesh | None,
     real: Tensor | None = None,
-    axis: DeviceMesh | None = None,
 ) -> Tensor:
     """This rank's share of E * sum over experts of (how often chosen) * (mean probability).
 
@@ -29,8 +29,9 @@ def balance_loss_share(
     Args:
         probabilities: [N, E], of each expert for each token.
         index: [N, k] int64, the experts chosen.
+        axis: the ranks whose tokens make up a batch, ParallelMesh.loss; None for this rank only,
+            which on several is another loss.
         real: [N] bool, False for padding, which does not count.
-        axis: the ranks whose tokens make up a batch, ParallelMesh.loss; None for this rank only.
 
     Traffic per rank: E + 1 numbers of each other rank, and none back. From Fedus et al. 2021,
     section 2.2, https://arxiv.org/abs/2101.03961
@@ -47,14 +48,12 @@ def balance_loss_share(
     return num_experts * (frequency * (probabilities * mask[:, None]).sum(0)).sum()
 
 
-def z_loss_share(
-    logits: Tensor, *, real: Tensor | None = None, axis: DeviceMesh | None = None
-) -> Tensor:
+def z_loss_share(logits: Tensor, *, axis: DeviceMesh | None, real: Tensor | None = None) -> Tensor:
     """This rank's share of the mean of logsumexp(logits)^2, which keeps logits small.
 
     Args:
         logits: [N, E], of a router.
-        real, axis: as of balance_loss_share.
+        axis, real: as of balance_loss_share.
 
     Traffic per rank: a number of each other rank, and none back. From Zoph et al. 2022, section
     3.2, https://arxiv.org/abs/2202.08906

@@ -43,11 +43,13 @@ def test_router_losses_of_experts_are_those_of_the_papers():
     x, weight, real = a_case(1)
     logits, probabilities, _, index = router(x, weight)
     expected = by_hand(x, weight, real, 1.0, 0.0), by_hand(x, weight, real, 0.0, 1.0)
-    assert_close(balance_loss_share(probabilities, index, real=real), expected[0])
-    assert_close(z_loss_share(logits, real=real), expected[1])
+    assert_close(balance_loss_share(probabilities, index, axis=None, real=real), expected[0])
+    assert_close(z_loss_share(logits, axis=None, real=real), expected[1])
     even = torch.full((E, E), 1 / E, dtype=torch.float64)
     turns = (torch.arange(E)[:, None] + torch.arange(K)) % E
-    assert_close(balance_loss_share(even, turns), torch.tensor(float(K), dtype=torch.float64))
+    assert_close(
+        balance_loss_share(even, turns, axis=None), torch.tensor(float(K), dtype=torch.float64)
+    )
 
 
 def test_balance_loss_of_experts_is_that_of_transformers():
@@ -56,7 +58,7 @@ def test_balance_loss_of_experts_is_that_of_transformers():
     x, weight, _ = a_case(1)
     logits, probabilities, _, index = router(x, weight)
     theirs = load_balancing_loss_func((logits,), E, K)
-    assert_close(balance_loss_share(probabilities, index).float(), theirs)
+    assert_close(balance_loss_share(probabilities, index, axis=None).float(), theirs)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
