@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dtcp.rows import MASK_FIELDS, Fill, Rows, pad_end
-from dtcp.sequence.arguments import WHOLE_NUMBERS, check_tensor
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
@@ -22,16 +21,8 @@ MOST_SLICES = 16
 def padded_coords(rows: Rows, documents: Documents, memory: Memory | None) -> Coords:
     """What masks and mixers read of the whole rows, padded as the documents are."""
     read: dict[str, Any] = dict(rows.for_masks)
-    seq_len = rows.documents.seq_len
-    missing = documents.seq_len - seq_len
+    missing = documents.seq_len - rows.documents.seq_len
     for key, x in read.items():
-        if x.shape[1:] != (seq_len,):
-            raise ValueError(
-                f"Masks read one {key} per token, got {key}.shape={tuple(x.shape)} for rows of "
-                f"{seq_len}: give [B, S]."
-            )
-        named: dict[str, Any] = {key: x}
-        check_tensor("A mask", shape="[B, S]", dtypes=WHOLE_NUMBERS, **named)
         read[key] = pad_end(x.to(torch.int64), missing, MASK_FIELDS[key], dim=1)
     if "position_ids" in rows.tokens and not all(rows.counted):
         read["position_ids"] = pad_end(rows.tokens["position_ids"].cpu(), missing, 0, dim=-1)

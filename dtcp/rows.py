@@ -16,7 +16,13 @@ from torch import Tensor
 
 from dtcp.distributed.same_rows import digests
 from dtcp.labels import IGNORED, check_labels
-from dtcp.sequence.arguments import check_batch, check_ints, check_kind
+from dtcp.sequence.arguments import (
+    WHOLE_NUMBERS,
+    check_batch,
+    check_ints,
+    check_kind,
+    check_tensor,
+)
 from dtcp.sequence.batch_documents import DOCUMENT_KEYS, documents_and_counted, read_padding_mask
 from dtcp.sequence.block_runs import TokenTypes
 from dtcp.sequence.documents import Documents
@@ -110,13 +116,14 @@ class Rows:
         _check_keys(batch, fields)
         tokens = {key: x for key, x in batch.items() if key not in MASK_FIELDS}
         rows, seq_len = _shape(tokens, fields)
+        for_masks = {key: batch[key] for key in MASK_FIELDS if key in batch}
+        _check_for_masks(for_masks, rows, seq_len)
         padding = said["padding_mask"] = read_padding_mask(said.get("padding_mask"), rows, seq_len)
         documents, counted = documents_and_counted(said, rows, seq_len, documents=documents)
         if padding is not None:
             tokens["padding_mask"] = padding.to(batch["padding_mask"].device)
         if fields.get("labels", WHOLE) is not WHOLE:
             check_labels(tokens, documents, padding)
-        for_masks = {key: batch[key] for key in MASK_FIELDS if key in batch}
         return cls(tokens, for_masks, documents, fields, counted)
 
     @cached_property
@@ -228,6 +235,17 @@ def _check_keys(batch: Mapping[str, Tensor], fields: Mapping[str, TokenField | N
                 f"Padding of a key is of its own dtype, got {key}.dtype={x.dtype}, which does not "
                 f"hold pad={rule.pad!r}: convert it (labels to int64), or name another pad."
             )
+
+
+def _check_for_masks(for_masks: Mapping[str, Tensor], rows: int, seq_len: int) -> None:
+    for key, x in for_masks.items():
+        if x.shape != (rows, seq_len):
+            raise ValueError(
+                f"Masks read one {key} per token, got {key}.shape={tuple(x.shape)} for {rows} rows "
+                f"of {seq_len}: give [B, S]."
+            )
+        named: dict[str, Any] = {key: x}
+        check_tensor("A mask", shape="[B, S]", dtypes=WHOLE_NUMBERS, **named)
 
 
 def _holds(dtype: torch.dtype, pad: int | float | bool | Fill) -> bool:

@@ -482,6 +482,7 @@ def test_position_ids_that_restart_but_do_not_count_documents_are_refused():
         ({"mtp_input_ids": torch.zeros(2, 8)}, "mtp_input_ids is its dim 2"),
         ({"position_ids": torch.arange(8)}, r"position_ids.shape=\(8,\)"),
         ({"block": torch.zeros(2, 7)}, r"one block per token, got block.shape=\(2, 7\)"),
+        ({"block": torch.zeros(1, 8)}, r"got block.shape=\(1, 8\) for 2 rows of 8"),
         ({"prefix": torch.zeros(2, 9)}, "one prefix per token"),
     ],
 )

@@ -112,6 +112,7 @@ def ends_of(mask: Mask, ends: Any, coords: Coords) -> tuple[Tensor, Tensor]:
     Raises:
         TypeError, ValueError: it is something else, which torch would broadcast, cut or unpack.
     """
+    check_ints(type(mask).__name__, least=1, num_intervals=mask.num_intervals)
     subject, shape, named = f"The interval of {mask}", tuple(coords.document.shape), "[B, S]"
     if mask.num_intervals > 1:
         shape, named = (mask.num_intervals, *shape), f"[{mask.num_intervals}, B, S]"
@@ -347,6 +348,11 @@ def _check_masks(*sides: Mask) -> None:
             raise TypeError(
                 f"A mask is combined with another one, got {side!r} of type "
                 f"{type(side).__name__}: give a Mask, as Causal() & SlidingWindow(128)."
+            )
+        if type(side).intervals is not Mask.intervals:
+            raise TypeError(
+                f"Masks are combined by their `_interval`, got {side!r} with `intervals` of its "
+                f"own: leave `intervals` as it is, and define `_interval`."
             )
 
 

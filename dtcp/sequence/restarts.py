@@ -21,7 +21,7 @@ def check_restarts(
     name: str = "documents",
     block: Tensor | None = None,
 ) -> tuple[bool, ...]:
-    """Refuse position ids that restart anywhere but where documents, or blocks in them, start.
+    """Refuse position ids that restart anywhere but where documents start, or blocks alike.
 
     Those that count on through every row are right with any documents: RoPE reads differences.
 
@@ -29,8 +29,8 @@ def check_restarts(
         position_ids: [B, S], [1, S], or [axes, B, S], of which the first axis is read.
         padding: [B, S] bool, where position ids mean nothing.
         name: where the documents come from.
-        block: [B, S], the number of each token's block. Several blocks may go on from the same
-            token, as answers do from a prompt.
+        block: [B, S], the number of each token's block. Blocks next to each other may start at
+            one position, as answers go on from a prompt.
     Returns:
         of each row, whether they count the tokens of its documents from 0.
     """
@@ -56,8 +56,8 @@ def check_restarts(
     starting = [(index, end) for index, x in enumerate(documents.lengths) for end in _inner(x)]
     at_starts = torch.tensor(starting, dtype=torch.int64).view(-1, 2).unbind(1)
     inside = ~torch.isin(row * seq_len + token, at_starts[0] * seq_len + at_starts[1])
-    if block is not None:
-        inside &= block[row, token] == block[row, token - 1]
+    if block is not None and bool(inside.any()):
+        inside &= ~_starts_like_last(documents, first, block.cpu(), row, token)
     wrong = row[inside], token[inside], "inside a document"
     if not bool(inside.any()):
         row, token = tokens.among(*at_starts)
@@ -71,6 +71,18 @@ def check_restarts(
         f"{first[at, index - 1].item()} and then {first[at, index].item()} at token {index} of row "
         f"{at}, {wrong[2]} by {name}: correct one of them, or leave position_ids out."
     )
+
+
+def _starts_like_last(
+    documents: Documents, position_ids: Tensor, block: Tensor, row: Tensor, token: Tensor
+) -> Tensor:
+    """Which tokens start a block, right behind another one that starts at the same position."""
+    runs = torch.stack((documents.document(), block))
+    start = torch.arange(documents.seq_len).expand_as(block).clone()
+    start[:, 1:].masked_fill_((runs.diff() == 0).all(0), 0)
+    last = start.cummax(1).values[row, token - 1]
+    touch = (start[row, token] == token) & (block[row, token] >= 0) & (block[row, last] >= 0)
+    return touch & (position_ids[row, token] == position_ids[row, last])
 
 
 def _inner(lengths: Sequence[int]) -> Iterable[int]:

@@ -52,7 +52,7 @@ class _Ring(ExchangeStrategy):
         for _, keys in _way_around(payload, context, queries.q.dtype).steps():
             if partial is None:
                 partial = OnlineSoftmax.empty(queries.q, keys.v.shape[-1])
-                if metadata.counts.shape[1] > 1:
+                if metadata.counts.shape[1] > 1 or queries.are_split:
                     note_merged_parts(queries, keys, context.softmax)
             attend(partial, queries, keys, context.softmax)
         assert partial is not None

@@ -183,6 +183,17 @@ def test_what_is_not_two_intervals_for_every_token_is_refused(interval, match):
             batch_metadata(SoftmaxAttention(mask), documents)
 
 
+@pytest.mark.parametrize("count", [0, 2.0, True, None])
+def test_a_mask_of_no_number_of_intervals_is_refused(count):
+    class Miscounted(Causal):
+        num_intervals = count
+
+    given, documents = Miscounted(), Documents(((3, 1),), 4)
+    for mask in (given, given & SlidingWindow(3)):
+        with pytest.raises((TypeError, ValueError), match=f"got num_intervals={count}"):
+            batch_metadata(SoftmaxAttention(mask), documents)
+
+
 def test_how_many_intervals_a_mask_has_depends_on_no_batch():
     window, sinks = Causal() & SlidingWindow(4), FirstTokens(2)
     assert (window | PrefixLM()).num_intervals == 1
@@ -199,6 +210,14 @@ def test_keys_of_other_documents_are_refused_of_a_mask_with_intervals_of_its_own
     mask = Unclipped(lambda x: (x.token_index - 1, x.token_index))
     with pytest.raises(ValueError, match=r"token 0 of row 0 the keys -1 to 0 in one from 0 to 2"):
         batch_metadata(SoftmaxAttention(mask), Documents(((3, 1), (4,)), 4))
+
+
+def test_mask_with_intervals_of_its_own_is_not_combined():
+    """What it was combined to read `_interval`, and so it saw something else."""
+    mask = Unclipped(lambda x: (x.token_index, x.token_index))
+    for combine in (lambda: mask & SlidingWindow(3), lambda: Causal() | mask):
+        with pytest.raises(TypeError, match=r"got Unclipped\(.*define `_interval`"):
+            combine()
 
 
 @pytest.mark.parametrize(

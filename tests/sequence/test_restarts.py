@@ -47,15 +47,40 @@ def test_position_ids_are_known_to_count_documents_if_and_only_if_they_do():
         assert check_restarts(documents, other, None) == (False,)
 
 
-def test_position_ids_may_go_back_where_a_block_starts():
+def test_position_ids_may_go_back_where_blocks_share_a_start():
     """Of answers that share a prompt; inside of one, and without blocks, they may not."""
     documents = Documents(((9, 3),), 12)
     ids = torch.tensor([[0, 1, 2, 3, 4, 5, 3, 4, 5, 0, 1, 2]])
     block = torch.tensor([[-1, -1, -1, 0, 0, 0, 1, 1, 1, -1, -1, -1]])
     assert check_restarts(documents, ids, None, block=block) == (False,)
+    assert check_restarts(documents, ids.expand(2, 1, -1), None, block=block) == (False,)
     for other in (None, block.clamp(max=0)):
         with pytest.raises(ValueError, match="got position_ids 5 and then 3 at token 6 of row 0"):
             check_restarts(documents, ids, None, block=other)
+
+
+@pytest.mark.parametrize(
+    ("ids", "block"),
+    [
+        ([0, 1, 2, 3, 0, 1, 2, 3], [-1, -1, -1, -1, 0, 0, -1, -1]),  # starts with an image
+        ([0, 1, 2, 3, 0, 1, 2, 3], [-1, -1, 0, 0, -1, -1, -1, -1]),  # ends with one
+        ([0, 1, 2, 3, 0, 1, 2, 3], [-1, -1, 0, 0, 1, 1, -1, -1]),  # both
+        ([0, 1, 2, 3, 1, 2, 3, 4], [-1, -1, 0, 0, 1, 1, 1, 1]),  # an answer too far back
+    ],
+)
+def test_documents_that_nobody_named_are_refused_where_blocks_lie(ids, block):
+    """Of images the one, and of a batch whose documents are others than it says."""
+    ids, block = torch.tensor([ids]), torch.tensor([block])
+    match = r"and then \d at token 4 of row 0, inside a document"
+    with pytest.raises(ValueError, match=match):
+        check_restarts(Documents.single(1, 8), ids, None, block=block)
+
+
+def test_a_block_is_another_one_in_another_document():
+    documents = Documents(((4, 4),), 8)
+    ids = torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1]])
+    block = torch.tensor([[-1, -1, 0, 0, 0, 0, 1, 1]])
+    assert check_restarts(documents, ids, None, block=block) == (False,)
 
 
 def a_batch():
