@@ -29,6 +29,7 @@ from dtcp._torch.pipelining import (
     step_cut,
     without_backward,
 )
+from dtcp.copied_weights import COPIED
 from dtcp.cut_backward import check_backward_can_be_cut, check_gradients_arrived
 from dtcp.experts.losses import RouterLoss
 from dtcp.metadata import BatchMetadata
@@ -239,7 +240,9 @@ def _router_losses_in_parts(schedule: Schedule) -> Iterator[None]:
 def _warn_of_shared_names(schedule: Schedule) -> None:
     """Compare the names of parameters over all stages: a checkpoint keeps tensors by name."""
     stages = stages_of(schedule)
-    own = {s.stage_index: [name for name, _ in s.submod.named_parameters()] for s in stages}
+    copied = vars(schedule).get(COPIED, ())  # which have one content
+    named = {s.stage_index: [name for name, _ in s.submod.named_parameters()] for s in stages}
+    own = {index: [x for x in names if x not in copied] for index, names in named.items()}
     of_ranks = _of_all_stages(own, schedule)
     stage_of: dict[str, int] = {}
     for index, names in sorted(item for rank in of_ranks for item in rank.items()):

@@ -81,6 +81,7 @@ FLOORS = (
         "dtcp.check",
         "dtcp.planner",
         "dtcp.trainers",
+        "dtcp.copied_weights",
         "dtcp.cut_backward",
         "dtcp.microbatches",
     ),

@@ -144,7 +144,8 @@ def ahead_of(
     model: nn.Module, tokens: Tensor, labels: Tensor, documents: Documents, *, training: bool
 ) -> dict[str, Tensor]:
     """What a model reads to predict further ahead than the next token, while it trains."""
-    depths = model.mtp_depths if isinstance(model, PlainModel) and training else 0
+    own = _first(model)
+    depths = own.mtp_depths if isinstance(own, PlainModel) and training else 0
     return look_ahead(tokens, labels, documents, depths=depths) if depths else {}
 
 

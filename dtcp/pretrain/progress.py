@@ -21,6 +21,7 @@ from torchtitan.components import metrics as titan
 from torchtitan.components.metrics import BaseLogger, MetricsProcessor
 from torchtitan.models.common.decoder import Decoder
 
+from dtcp.copied_weights import COPIES_OP
 from dtcp.distributed.groups import rank_of_process
 from dtcp.distributed.ledger import LEDGER, traffic_since
 from dtcp.experts import library_for
@@ -212,7 +213,8 @@ class Progress(MetricsProcessor):
         nodes = self.ranks_per_node or dist.get_world_size()
         of_experts = sum(traffic[op].received for op in EXPERT_OPS)
         between = traffic.crossing(dist.get_rank(), nodes)[1]
-        return traffic.received - of_experts, of_experts, between
+        of_cp = traffic.received - of_experts - traffic[COPIES_OP].received
+        return of_cp, of_experts, between
 
     def _crossed(self, received: float, of_experts: float, between: float, expected: float) -> str:
         """Of the step's line, what this rank received."""
@@ -279,7 +281,10 @@ class _StageSize:
         styles = dict.fromkeys(f"{m.style}" for m in mixers if m.style is not None)
         layers = getattr(part, "layers", None)
         number = sum(1 for _ in layers.children()) if isinstance(layers, nn.Module) else 0
-        return cls(sum(p.numel() for p in part.parameters()), number, tuple(styles))
+        stage = getattr(part, "stage", None)
+        copies = () if stage is None else stage.copies
+        own = sum(p.numel() for name, p in part.named_parameters() if name not in copies)
+        return cls(own, number, tuple(styles))
 
 
 def _stages(trainer: Any) -> list[_StageSize]:
@@ -350,6 +355,9 @@ def describe_run(trainer: Any, validation: str) -> str:
             f"{sizes} layers, {config.parallelism.pipeline_parallel_schedule} of "
             f"{trainer.num_pipeline_parallel_microbatches} micro-batches"
         )
+    if trainer.copied is not None:
+        each_way = _bytes(trainer.copied.bytes_per_step).strip()
+        lines["copied"] = f"{trainer.copied}; {each_way} of a rank each way in a step"
     if config.compile.enable:
         lines["compiling"] = "in the first step, for a minute or so; the others are fast"
     return "\n".join(f"{name:<12}{value}" for name, value in lines.items())

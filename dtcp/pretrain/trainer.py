@@ -26,6 +26,7 @@ from torchtitan import trainer as titan
 from torchtitan.components.dataloader import DataloaderExhaustedError
 from torchtitan.distributed import ParallelDims
 
+from dtcp.copied_weights import CopiedWeights
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.distributed.random_weights import WholeDraws
 from dtcp.experts import RouterLoss
@@ -103,6 +104,10 @@ class Trainer(titan.Trainer):
     """Rank 0's right to write the run's folder."""
     has_stepped: bool = False
     """Whether this process has taken a step."""
+    copied: CopiedWeights | None = None
+    """Of pipeline stages that hold some weights together."""
+    parts_run: int = 0
+    """Of a step: how often the schedule has run."""
     step_read: tuple[str, ...] = ()
     """First and last document of each micro-batch of a step."""
 
@@ -127,6 +132,8 @@ class Trainer(titan.Trainer):
         own = self.model_parts
         parts = (self.mesh, config.dtcp, own[0] if len(own) == 1 else nn.ModuleList(own))
         self.preparation = BatchPreparation(*parts, training=True)
+        if self.mesh.pp is not None and own[0].stage.copied:
+            self._share_weights()
         if config.validator.enable:
             self.validator.preparation = BatchPreparation(*parts, training=False)
             if self.mesh.pp is not None:
@@ -138,6 +145,15 @@ class Trainer(titan.Trainer):
             self.expected = expectation(config, self.mesh, self.gradient_accumulation_steps)
             self.metrics_processor.is_held = True
             say(self.expected.lines())
+
+    def _share_weights(self) -> None:
+        """Let stages train the weights that several hold as one."""
+        copied = CopiedWeights(self.pp_schedule, self.model_parts[0].stage.copied)
+        for copy in copied.copies():
+            copy.requires_grad_()  # optimizers have been built, without it
+        copied.refresh()
+        self.optimizers.register_step_post_hook(lambda *_, **__: copied.refresh())
+        self.copied = copied
 
     def init_distributed(self) -> ParallelDims:
         dims: ParallelDims = super().init_distributed()
@@ -214,8 +230,10 @@ class Trainer(titan.Trainer):
         """One step of torchtitan's; where its loss is not finite, say what can be done."""
         if self.config.validator.enable and self.validator.should_validate(self.step):
             self.validator.read_ahead()
+        if self.copied is not None and not self.has_stepped:
+            self.copied.refresh()  # of what was loaded
         self.metrics_processor.row_losses.clear()
-        self.step_read = ()
+        self.step_read, self.parts_run = (), 0
         try:
             super().train_step(data_iterator)
         except RuntimeError as error:
@@ -263,6 +281,9 @@ class Trainer(titan.Trainer):
                 target_mbs=[labels for _, labels, _ in made],
                 loss_kwargs={"global_valid_tokens": global_valid_tokens},
             )
+        self.parts_run += 1
+        if self.copied is not None and self.parts_run == self.gradient_accumulation_steps:
+            self.copied.add_gradients()
         if not self.metrics_processor.should_log(self.step):
             return torch.zeros((), device=self.device)
         return loss_of_stages(losses, self.mesh.pp, self.device)

@@ -185,7 +185,8 @@ def _titan(family: Family) -> Any:
 
             def stage_refusal(self) -> str:
                 """Why this model is not cut into pipeline stages; nothing where it is."""
-                return _stage_refusal(family, self.shape)
+                cut = family.stages is not None
+                return "" if cut else f"layers of {family.name} are not cut into stages"
 
             def to_dict(self) -> dict[str, Any]:
                 """As torchtitan prints and saves a config: names for members of enums."""
@@ -217,16 +218,6 @@ def _titan(family: Family) -> Any:
 
     Titan.__name__ = Titan.__qualname__ = f"Titan{family.model.__name__}"
     return Titan
-
-
-def _stage_refusal(family: Family, shape: Any) -> str:
-    if family.stages is None:
-        return f"layers of {family.name} are not cut into stages"
-    if shape.tied:
-        return "its head is tied to its embedding, which is in another stage"
-    if family.mtp_depths(shape):
-        return "what predicts further ahead reads the first stage's embedding"
-    return ""
 
 
 class NameMapAdapter(BaseStateDictAdapter):

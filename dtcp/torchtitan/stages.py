@@ -8,17 +8,17 @@ the same with stages and without.
 import copy
 import functools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dtcp.torchtitan.section import Section
 from dtcp.torchtitan.stage_forwards import StageForward
+from dtcp.torchtitan.stage_part import Copied, Sharded, StagePart
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
@@ -26,14 +26,12 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
 )
 from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement
 from torchtitan.config import TORCH_DTYPE_MAP, ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
 
 from dtcp.mixer_metadata import MixerKinds
 from dtcp.parallelize.tied_parameters import find_tied_parameters
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.masks import Mask
 from dtcp.softmax.model_masks import masks_of
 
 ONE_STAGE: Mapping[str, Any] = {"1F1B": Schedule1F1B, "GPipe": ScheduleGPipe}
@@ -41,58 +39,6 @@ ONE_STAGE: Mapping[str, Any] = {"1F1B": Schedule1F1B, "GPipe": ScheduleGPipe}
 SEVERAL: Mapping[str, Any] = {"Interleaved1F1B": ScheduleInterleaved1F1B}
 """Those of ranks that have several."""
 SCHEDULES: Mapping[str, Any] = {**ONE_STAGE, **SEVERAL}
-
-
-@dataclass(frozen=True)
-class Sharded:
-    """How a DTensor lies on the axis tp."""
-
-    device_mesh: DeviceMesh
-    placements: tuple[Placement, ...]
-
-    @property
-    def ranks(self) -> int:
-        """Of the axis."""
-        return self.device_mesh.size()
-
-
-@dataclass(frozen=True)
-class StagePart:
-    """What a stage knows of the model that it is a part of.
-
-    Args:
-        index: of the stage.
-        layers: the numbers of its own.
-        masks: of all layers of the model, with their number: what balanced layouts balance.
-        whole: the model on the meta device, in whose order weights are drawn.
-        reads_ids: whether it is called with token ids besides.
-        sharded: how what it hands on is sharded over tp; None for a plain tensor.
-        random: the state that all stages draw from, which makes weights those of one device; None
-            where each stage draws by itself.
-    """
-
-    index: int
-    layers: range
-    masks: Mapping[Mask, int]
-    whole: Any
-    reads_ids: bool
-    sharded: "Sharded | None"
-    random: Tensor | None
-
-    def init_weights(self, stage: Any, **options: Any) -> None:
-        """Draw all weights and keep a stage's; in the place of its own method."""
-        if self.random is None:
-            type(stage).init_weights(stage, **options)
-            return
-        # The modules of other stages, for as long as this takes.
-        whole = copy.deepcopy(self.whole).to_empty(device="cpu")
-        for name, child in stage.named_children():
-            if name != "layers":
-                setattr(whole, name, child)
-        for number, layer in stage.layers.named_children():
-            setattr(whole.layers, number, layer)
-        torch.set_rng_state(self.random)
-        whole.init_weights(**options)
 
 
 def layers_of_stages(parallelism: ParallelismConfig, layers: int) -> list[range]:
@@ -179,33 +125,30 @@ def pipeline_stages(
     Returns:
         the schedule, this rank's stages, and whether the first and the last one are among them.
     Raises:
-        ValueError: a weight of two stages, or of none.
+        ValueError: a weight of no stage.
     """
     _check_parts(model, how)
     group = parallel_dims.get_mesh("pp").get_group()
-    whole = copy.deepcopy(model)
-    how.prepare(whole)
-    masks = masks_of(MixerKinds.of(whole))
-    random = _common_random_state(group) if device.type == "cpu" else None
     layers = layers_of_stages(parallelism, sum(1 for _ in model.get_submodule("layers").children()))
-    sharded = None
-    if how.over_tp and parallel_dims.tp_enabled:
-        placement = Shard(1) if parallelism.enable_sequence_parallel else Replicate()
-        sharded = Sharded(parallel_dims.get_mesh("tp"), (placement,))
+    sharded = _sharded(how, parallel_dims, parallelism)
+    known = _known_to_all(model, how, layers, sharded, group=group, device=device)
     sent = (section.sequence_layout(), how.stream(model_config), sharded)
-    shapes = _Shapes.of(training, parallelism, *sent, vocab_size=model_config.vocab_size)
+    scored = 1 + getattr(model, "mtp_depths", 0)
+    sizes = {"vocab_size": model_config.vocab_size, "scored": scored}
+    shapes = _Shapes.of(training, parallelism, *sent, **sizes)
     sections |= {"parallel_dims": parallel_dims, "training": training, "parallelism": parallelism}
-    parts, stages = [], []
+    parts, stages, last = [], [], len(layers) - 1
     for index in range(dist.get_rank(group), len(layers), dist.get_world_size(group)):
-        part = StagePart(
-            index, layers[index], masks, copy.deepcopy(whole), how.reads_ids, sharded, random
-        )
-        stage = _cut(model, part, how, last=index == len(layers) - 1)
-        parts.append(parallelize_fn(stage, **sections))
+        own = replace(known, index=index, layers=layers[index], whole=copy.deepcopy(known.whole))
+        part = parallelize_fn(_cut(model, own, how, last=index == last), **sections)
+        for name in own.copies:
+            # No optimizer steps it. Whoever has built them lets it have gradients.
+            part.get_parameter(name).requires_grad_(False)
+        if index < last:
+            part.register_forward_hook(functools.partial(_check_stream, shapes.stream))
         ends = shapes.of_stage(index, len(layers))
-        if index < len(layers) - 1:
-            parts[-1].register_forward_hook(functools.partial(_check_stream, ends[1]))
-        stages.append(PipelineStage(parts[-1], index, len(layers), device, *ends, group=group))
+        parts.append(part)
+        stages.append(PipelineStage(part, index, len(layers), device, *ends, group=group))
     schedule = SCHEDULES[parallelism.pipeline_parallel_schedule](
         stages if parallelism.pipeline_parallel_schedule in SEVERAL else stages[0],
         n_microbatches=micro_batches(training, parallelism),
@@ -215,16 +158,63 @@ def pipeline_stages(
     return schedule, parts, stages[0].is_first, stages[-1].is_last
 
 
+def _sharded(
+    how: StageForward, dims: ParallelDims, parallelism: ParallelismConfig
+) -> Sharded | None:
+    """How what stages hand on lies on tp."""
+    if not (how.over_tp and dims.tp_enabled):
+        return None
+    placement = Shard(1) if parallelism.enable_sequence_parallel else Replicate()
+    return Sharded(dims.get_mesh("tp"), (placement,))
+
+
+def _known_to_all(
+    model: nn.Module,
+    how: StageForward,
+    layers: Sequence[range],
+    sharded: Sharded | None,
+    *,
+    group: dist.ProcessGroup,
+    device: torch.device,
+) -> StagePart:
+    """What all stages know alike, as the first one has it."""
+    whole = copy.deepcopy(model)
+    how.prepare(whole)
+    return StagePart(
+        index=0,
+        layers=layers[0],
+        masks=masks_of(MixerKinds.of(whole)),
+        whole=whole,
+        reads_ids=how.reads_ids,
+        sharded=sharded,
+        random=_common_random_state(group) if device.type == "cpu" else None,
+        tied=find_tied_parameters(model),
+        copied=_copied(model, how, last=len(layers) - 1),
+    )
+
+
 def _check_parts(model: nn.Module, how: StageForward) -> None:
-    """Refuse weights that would be trained twice, or left out, as `train.py` does by settings."""
-    placed = {"layers", *how.first, *how.last}
-    left = [name for name, _ in model.named_parameters() if name.partition(".")[0] not in placed]
-    tied = find_tied_parameters(model)
-    if left or tied:
+    """Refuse weights that would be left out, as `train.py` does by settings."""
+    placed = {"layers", *how.first, *how.last_of(model)}
+    named = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    left = [name for name in named if name.partition(".")[0] not in placed]
+    # Of layers that share a weight, more stages than the ends might.
+    left += [x for names in find_tied_parameters(model) for x in names if x.startswith("layers.")]
+    if left:
         raise ValueError(
-            f"Every weight is in one stage, got {(left or tied)[0]} of {type(model).__name__}, "
-            f"which {'none has' if left else 'several have'}: set the degree of pp to 1."
+            f"Every weight is in one stage, or in both ends, got {left[0]} of "
+            f"{type(model).__name__}, which is not: set the degree of pp to 1."
         )
+
+
+def _copied(model: nn.Module, how: StageForward, *, last: int) -> Copied:
+    """Of each weight outside of layers that both ends hold, its name in either."""
+    names: dict[Tensor, dict[int, str]] = {}
+    for index, modules in ((0, how.first), (last, how.last_of(model))):
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name.partition(".")[0] in modules:
+                names.setdefault(parameter, {}).setdefault(index, name)
+    return tuple(of_stages for of_stages in names.values() if len(of_stages) > 1)
 
 
 def _check_stream(expected: Tensor, stage: nn.Module, args: Any, output: Tensor) -> None:
@@ -251,7 +241,8 @@ def _loss_alone(loss_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Tenso
 def _cut(model: nn.Module, part: StagePart, how: StageForward, *, last: bool) -> Any:
     """A copy of the model with a stage's modules alone, which keep their names."""
     stage: Any = copy.deepcopy(model)
-    kept = {"layers"} | set(how.first if part.index == 0 else ()) | set(how.last if last else ())
+    kept = {"layers", *(how.first if part.index == 0 else ())}
+    kept |= set(how.last_of(model) if last else ())
     for name, _ in list(stage.named_children()):
         if name not in kept:
             setattr(stage, name, None)
@@ -281,6 +272,8 @@ class _Shapes:
     ids: Tensor
     stream: Tensor
     logits: Tensor
+    scored: int
+    """Tokens that are scored at each place, in training."""
 
     @classmethod
     def of(
@@ -292,6 +285,7 @@ class _Shapes:
         sharded: Sharded | None,
         *,
         vocab_size: int,
+        scored: int,
     ) -> "_Shapes":
         cp = parallelism.context_parallel_degree
         multiple = layout.multiple(cp)
@@ -304,9 +298,10 @@ class _Shapes:
             torch.empty(shape, dtype=torch.int64, device="meta"),
             torch.empty(shape[0], tokens // parts, *stream, **numbers),
             torch.empty(*shape, vocab_size, **numbers),
+            scored,
         )
 
-    def of_stage(self, index: int, stages: int) -> tuple[Tensor, Tensor]:
+    def of_stage(self, index: int, stages: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """What one of so many stages is called with and returns."""
         called = self.ids if index == 0 else self.stream
-        return called, self.logits if index == stages - 1 else self.stream
+        return called, (self.logits,) * self.scored if index == stages - 1 else (self.stream,)

@@ -37,10 +37,15 @@ ROWS = ((9, 16, 6), (32,), (1, 20, 11), (5, 5, 5))
 """Documents of four rows: some cut by every shard border, two rows with padding."""
 
 
-def one_device(model: Llama, rows: Rows) -> Tensor:
-    """The loss of all rows on one device, by torch's own cross-entropy; fills the gradients."""
+def one_device(model: Llama, rows: Rows, input_ids: Tensor | None = None) -> Tensor:
+    """The loss of all rows on one device, by torch's own cross-entropy; fills the gradients.
+
+    Args:
+        input_ids: [B, S], drawn where they are not given.
+    """
     documents = Documents(rows, SEQ_LEN)
-    input_ids = torch.randint(CONFIG.vocab_size, (len(rows), SEQ_LEN))
+    if input_ids is None:
+        input_ids = torch.randint(CONFIG.vocab_size, (len(rows), SEQ_LEN))
     labels = shift_labels(input_ids, documents)
     position_ids, attn_metadata = documents.position_ids(), batch_metadata(model, documents)
     logits = model(input_ids, position_ids, attn_metadata)

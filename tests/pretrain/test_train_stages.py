@@ -10,15 +10,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from dtcp.torchtitan.model_spec import DEEPSEEK_V4, llama, spec_of
+from dtcp.torchtitan.model_spec import QWEN3_5, llama, spec_of
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchtitan.protocols.model_spec import ModelSpec
+from transformers import AutoModelForCausalLM
 
-from dtcp.models import deepseek_v4
+from dtcp.models import qwen3_5
 from dtcp.pretrain.config_check import check_on_ranks
 from dtcp.pretrain.configs import (
     BYTE_SHAPE,
@@ -26,6 +27,7 @@ from dtcp.pretrain.configs import (
     deepseek_v4_tiny,
     llama_tiny,
     qwen3_5_moe_tiny,
+    qwen3_tiny,
     titan_llama3_tiny,
 )
 from dtcp.pretrain.dry_run import made_dry
@@ -40,21 +42,26 @@ def micro() -> Trainer.Config:
     return _small(llama_tiny(), llama("micro", replace(BYTE_SHAPE, num_layers=5, dim=32)))
 
 
+def tied_micro() -> Trainer.Config:
+    """Three layers of Qwen3's shape."""
+    return _small(qwen3_tiny(), llama("tied", replace(BYTE_SHAPE, num_layers=3, dim=32, tied=True)))
+
+
 def titan_micro() -> Trainer.Config:
     """Two layers of torchtitan's own llama3."""
     return _small(titan_llama3_tiny())
 
 
 def qwen3_5_micro() -> Trainer.Config:
-    """Experts, and a last stage without a layer of the delta rule."""
-    return _small(qwen3_5_moe_tiny())
+    """Experts, a last stage without a delta rule, a tied head, and a token further ahead."""
+    shape = qwen3_5.tiny(BYTE_VOCABULARY, experts=True)
+    shape = replace(shape, tied=True, num_mtp_layers=1)
+    return _small(qwen3_5_moe_tiny(), spec_of(QWEN3_5, "micro", shape))
 
 
 def deepseek_v4_micro() -> Trainer.Config:
-    """Without what predicts further ahead."""
-    shape = deepseek_v4.tiny(vocab_size=BYTE_VOCABULARY)
-    shape = replace(shape, num_mtp_layers=0, compress_ratios=shape.compress_ratios[:-1])
-    return _small(deepseek_v4_tiny(), spec_of(DEEPSEEK_V4, "micro", shape))
+    """With a token further ahead."""
+    return _small(deepseek_v4_tiny())
 
 
 def _small(config: Trainer.Config, spec: ModelSpec | None = None) -> Trainer.Config:
@@ -183,6 +190,47 @@ def test_verify_compares_stages_with_one_device(tmp_path):
     assert "the losses of 2 steps agree" in output and "gradients   of the first step" in output
 
 
+def test_verify_compares_a_head_tied_over_stages_with_one_device(tmp_path):
+    tied = OWN | {"config": "tied_micro"}
+    arguments = ("--dtcp.verify", "2", "--dump_folder", str(tmp_path), *STAGES)
+    output = train_run.trained(*arguments, **tied, ranks=4)
+    # 256 and a few rows of 32 numbers of 4 bytes, half of them on each rank of cp.
+    said = r"^copied +embedding.weight of stage 0 as lm_head.weight of stage 1; +1[67].\d KiB "
+    assert re.search(said, output, re.M), output
+    assert "the losses of 2 steps agree" in output and "gradients   of the first step" in output
+
+
+@pytest.mark.slow
+def test_a_tied_run_is_the_same_with_stages_and_without(tmp_path):
+    """Losses, norms and what transformers loads; and each goes on from a step of the other."""
+    tied = OWN | {"config": "tied_micro"}
+    how = {"whole": (), "staged": STAGES}
+    folders = {name: tmp_path / name for name in how}
+    outputs = {
+        name: train_run.trained(
+            *("--dump_folder", str(folders[name]), "--checkpoint.export_hf", *how[name]),
+            **tied | {"ranks": 4 if how[name] else 2},
+        )
+        for name in how
+    }
+    one, other = outputs.values()
+    assert losses(other) == pytest.approx(losses(one), rel=1e-5)
+    norms = [list(map(float, re.findall(r"grad +(\S+)", text))) for text in (one, other)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    parameters = [re.search(r"([\d,]+) parameters", text)[1] for text in (one, other)]
+    assert parameters[0] == parameters[1]
+    models = [AutoModelForCausalLM.from_pretrained(folders[name] / "hf") for name in how]
+    assert all(model.lm_head.weight is model.model.embed_tokens.weight for model in models)
+    torch.testing.assert_close(*(x.state_dict() for x in models), rtol=1e-3, atol=1e-4)
+    assert "lm_head.weight" not in weights(folders["staged"] / "hf")
+    for name, before in (("staged", "whole"), ("whole", "staged")):
+        shutil.copytree(folders[before], tmp_path / f"on_{name}")
+        shutil.rmtree(tmp_path / f"on_{name}/checkpoint/step-4")
+        arguments = ("--dump_folder", str(tmp_path / f"on_{name}"), *how[name])
+        output = train_run.trained(*arguments, **tied | {"ranks": 4 if how[name] else 2})
+        assert losses(output) == pytest.approx({k: losses(one)[k] for k in (3, 4)}, rel=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "how", "sizes"),
@@ -232,9 +280,7 @@ def test_torchtitans_own_model_is_cut_into_stages(tmp_path):
 
 
 REFUSED = {
-    "tied": (["--config", "qwen3_tiny"], "head is tied to its embedding"),
     "transformers": (["--model.hf", "llama"], "models of transformers are run whole"),
-    "ahead": (["--config", "deepseek_v4_tiny"], "predicts further ahead reads the first stage's"),
     "family": (["--config", "gemma4_tiny"], "layers of gemma4 are not cut"),
     "layers": ([f"{P}degree", "8"], "8 stages for 4 layers"),
     "no layers": ([f"{P}first_stage_less_layers", "9"], "first_stage_less_layers 9"),
