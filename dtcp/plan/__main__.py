@@ -95,8 +95,9 @@ def _search(planner: Planner, arguments: argparse.Namespace) -> Search:
         if not arguments.json:
             print(f"plan        {line}", flush=True)
 
+    planner.say = say
     if not arguments.mesh:
-        return planner.search(say=say)
+        return planner.search()
     return planner.search_mesh(_degrees(arguments.mesh, planner.cluster, planner.workload.etp))
 
 

@@ -24,6 +24,8 @@ from dtcp.softmax.style import AttentionStyle
 
 T = TypeVar("T")
 Outcome = RowForecast | ValueError | TypeError
+SAID_OF = 4
+"""Forecasts from one word of progress to the next; each takes seconds where experts are many."""
 
 
 class RowForecasts:
@@ -49,8 +51,12 @@ class RowForecasts:
             self._known[key] = _forecast_or_refusal(self.subject, setup)
         return _or_raise(self._known[key])
 
-    def prepare(self, setups: Iterable[Setup]) -> None:
-        """Make these forecasts side by side; without processes, each is made when asked for."""
+    def prepare(self, setups: Iterable[Setup], say: Callable[[str], None]) -> None:
+        """Make these forecasts side by side; without processes, each is made when asked for.
+
+        Args:
+            say: hears how far it has come.
+        """
         if self._pool is None:
             return
         running: dict[Hashable, Future[Outcome]] = {}
@@ -58,7 +64,10 @@ class RowForecasts:
             key = _key(setup)
             if key not in self._known and key not in running:
                 running[key] = self._pool.submit(_forecast_or_refusal, self.subject, setup)
-        self._known.update((key, future.result()) for key, future in running.items())
+        for number, (key, future) in enumerate(running.items(), start=1):
+            self._known[key] = future.result()
+            if number % SAID_OF == 0 and number < len(running):
+                say(f"has traced {number} of {len(running)} steps")
 
     def close(self) -> None:
         """End the processes."""

@@ -93,6 +93,7 @@ class Planner:
         self, subject: Subject, cluster: Cluster, workload: Workload, *, processes: int = 1
     ) -> None:
         self.cluster, self.workload = cluster, workload
+        self.say: Callable[[str], None] = lambda _: None
         self.row_forecasts = RowForecasts(subject, processes)
 
     @property
@@ -132,7 +133,7 @@ class Planner:
         before = before or Search()
         candidates, refused = list(before.candidates), list(before.refused)
         tried = list(setups)
-        self.row_forecasts.prepare(tried)
+        self.row_forecasts.prepare(tried, self.say)
         for setup in tried:
             try:
                 candidates.append(self.candidate(setup))
@@ -141,10 +142,10 @@ class Planner:
         candidates.sort(key=lambda candidate: candidate.score, reverse=True)
         return replace(before, candidates=tuple(candidates), refused=tuple(refused))
 
-    def search(self, *, say: Callable[[str], None] = lambda _: None) -> Search:
+    def search(self) -> Search:
         """Every mesh in one plain way, then other ways on the best meshes."""
         meshes = list(self.space.meshes())
-        say(f"tries {len(meshes)} meshes")
+        self.say(f"tries {len(meshes)} meshes")
         small, sifted = self.sift(self.space.plain(degrees) for degrees in meshes)
         few = self.row_forecasts.count(small) <= MOST_ROW_FORECASTS
         worth = small if few else self._narrow(small)
@@ -155,7 +156,7 @@ class Planner:
         passed = len(small) - len(worth) if small else 0
         plain = replace(self.ranked(worth, sifted), passed=passed)
         best = plain.candidates[:REFINED]
-        say(f"tries other strategies, layouts and checkpointing on the best {len(best)}")
+        self.say(f"tries other strategies, layouts and checkpointing on the best {len(best)}")
         return self.ranked(
             (setup for candidate in best for setup in self.space.variants(candidate.setup)), plain
         )
@@ -169,7 +170,8 @@ class Planner:
         columns = _columns_of(setups)
         spans = {key: (0, len(column)) for key, column in columns.items()}
         while middles := {key: sum(span) // 2 for key, span in spans.items() if span[0] < span[1]}:
-            self.row_forecasts.prepare(columns[key][middle] for key, middle in middles.items())
+            looked_at = [columns[key][middle] for key, middle in middles.items()]
+            self.row_forecasts.prepare(looked_at, self.say)
             for key, middle in middles.items():
                 low, high = spans[key]
                 # A cp that is refused is too large for the row.

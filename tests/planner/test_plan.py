@@ -2,6 +2,7 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -16,6 +17,7 @@ from dtcp.models import llama, qwen3_5
 from dtcp.parallelize import FullCheckpoint, NoCheckpoint
 from dtcp.plan import __main__ as command
 from dtcp.plan.source import asked_documents
+from dtcp.planner import row_forecasts
 from dtcp.planner.cluster import GB, cluster_of
 from dtcp.planner.forecast import forecast, row_degrees, row_ranks_per_node
 from dtcp.planner.report import on_one_line
@@ -234,6 +236,17 @@ def test_forecast_gemma4_31b_in_contiguous_shards_receives_what_is_documented():
     setup = Setup(Degrees(cp=8), ROW, Contiguous, checkpoint=NoCheckpoint())
     (last,) = forecast(subject_of_hf("gemma4-31b"), setup, ranks=[7]).ranks
     assert last.received.forward == pytest.approx(5.54e9, rel=2e-3)
+
+
+def test_a_search_says_how_far_it_has_come(monkeypatch):
+    """Of a model with many experts nothing was heard for minutes on a small machine."""
+    refusal = ValueError("not looked at")
+    monkeypatch.setattr(row_forecasts, "_forecast_or_refusal", lambda *_: refusal)
+    planner, said = Planner(TINY, cluster_of("64xH100"), Workload(ROW, 64)), []
+    planner.say = said.append
+    with ThreadPoolExecutor(1) as planner.row_forecasts._pool:
+        planner.ranked(Setup(Degrees(cp=cp), ROW) for cp in (1, 2, 4, 8, 16, 32))
+    assert said == ["has traced 4 of 6 steps"]
 
 
 def test_plan_of_thousands_of_gpus_looks_at_one_row_only():
