@@ -147,9 +147,8 @@ def launch(
 
 def unwrap_as_in_3_6(x: Any) -> Any:
     """What a kernel compares: a tuple that holds None is an error of Triton 3.6, torch 2.11's."""
-    held = x.values if isinstance(x, tl.tuple) else ()
-    if any(getattr(each, "value", each) is None for each in held):
-        raise AttributeError("'NoneType' object has no attribute 'type'")
+    for each in x.values if isinstance(x, tl.tuple) else ():
+        assert (each.value if isinstance(each, tl.constexpr) else each) is not None
     return unwrap(x)
 
 
