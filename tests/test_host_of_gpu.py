@@ -65,17 +65,17 @@ def test_ranks_on_gpus_wait_for_nothing_and_share_memory_in_order(name, layout):
     for mask_case in (CAUSAL, WINDOW, IMAGES, WINDOW_AND_SINKS):
         for packing in (packings.one_document, packings.across_borders):
             case = Case(mask_case, packing, seq_len=128 * RANKS)
-            if accepts(STYLES[name], layout, case, RANKS):
-                check_ranks(STYLES[name], layout, case)
+            for flash in (False, True) if accepts(STYLES[name], layout, case, RANKS) else ():
+                check_ranks(STYLES[name], layout, case, flash)
 
 
-def check_ranks(style, layout, case):
+def check_ranks(style, layout, case, flash):
     documents = case.documents(RANKS)
     batch = {
         "input_ids": torch.zeros(documents.batch, documents.seq_len, dtype=torch.int64),
         "block": packings.blocks_of_tokens(documents),
     }
-    with fake_ranks(RANKS, 1), host_of_gpu() as gpu:
+    with fake_ranks(RANKS, 1), host_of_gpu(flash=flash) as gpu:
         mesh = ParallelMesh.from_degrees(Degrees(cp=RANKS), "cuda")
         mixer = mixer_on(mesh.cp, style, case.mask_case.mask)
         sharded = sharded_on(mesh, layout, mixer, batch, documents)[1]
@@ -88,6 +88,7 @@ def check_ranks(style, layout, case):
         # What was given back by then is looked at when there is need for more.
         on_gpu(1)
     assert gpu.kernels["nccl"] and not gpu.found, (case, gpu.found)
+    assert bool(gpu.kernels["flash4 backward"]) is flash
 
 
 def sharded_on(mesh, layout, model, batch, documents):

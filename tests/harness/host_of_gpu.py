@@ -11,11 +11,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from dtcp.distributed import staging
 from dtcp.kernels.fla_support import has_fla
-from dtcp.kernels.softmax import api
+from dtcp.kernels.softmax import api, demand
+from dtcp.kernels.softmax.libraries.flash4 import Flash4Functions
 from tests.harness.gpu_launches import CUDA, META, HostOfGpu, Transfer, is_cuda, on_gpu
 
 SELF_TESTS = (
@@ -29,19 +30,26 @@ SELF_TESTS = (
 
 
 @contextmanager
-def host_of_gpu(*, capability: tuple[int, int] = (9, 0), shared: int = 227) -> Iterator[HostOfGpu]:
+def host_of_gpu(
+    *, capability: tuple[int, int] = (9, 0), shared: int = 227, flash: bool = False
+) -> Iterator[HostOfGpu]:
     """Yields what goes on; "cuda" has that compute capability.
 
     Args:
         shared: KiB of shared memory that a block of threads may have.
+        flash: whether FlashAttention 4 is installed.
     """
     gpu = HostOfGpu()
     patches = _of_torch(gpu) | _of_cuda(gpu, capability, shared) | _of_nccl(gpu) | _of_triton(gpu)
-    patches |= _of_kernels(capability)
+    patches |= _of_kernels(capability) | (_of_flash(gpu) if flash else {})
     with ExitStack() as stack:
         for name, value in patches.items():
             stack.enter_context(mock.patch(name, value, create=True))
         stack.callback(staging._stream_beside.cache_clear)
+        stack.callback(
+            torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled()
+        )
+        torch.use_deterministic_algorithms(False)
         stack.enter_context(gpu)
         yield gpu
 
@@ -170,3 +178,32 @@ def _of_kernels(capability: tuple[int, int]) -> dict[str, Any]:
         found["fla.ops.cp.context.IS_NVIDIA"] = True
         found["fla.ops.cp.context.get_device_capability"] = lambda index: capability
     return found
+
+
+def _of_flash(gpu: HostOfGpu) -> dict[str, Any]:
+    """FlashAttention 4 for those who ask whether it is installed, and one that computes nothing."""
+
+    def given(name: str, arguments: Any) -> None:
+        tensors = [x for x in tree_leaves(arguments) if isinstance(x, Tensor)]
+        for x in tensors:
+            if not x.is_meta:
+                gpu.note("a tensor of the host", f"{name} {tuple(x.shape)}")
+        gpu.launch(name, on_gpu(tensors), [])
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        given("flash4 forward", (q, k, v, options))
+        lse = q.new_zeros(q.shape[:-1], dtype=torch.float32).transpose(-1, -2).contiguous()
+        return q.new_zeros(*q.shape[:-1], v.shape[-1]), lse
+
+    def backward(*saved: Tensor, **options: Any) -> None:
+        given("flash4 backward", (saved, options))
+        for name in ("dq", "dk", "dv"):
+            options[name].zero_()
+
+    functions, missing = Flash4Functions(forward, backward, dict, None), demand.missing
+    return {
+        "dtcp.kernels.softmax.demand.missing": lambda package: (
+            None if package is not None and package.name == "flash-attn-4" else missing(package)
+        ),
+        "dtcp.kernels.softmax.libraries.load._flash4": lambda: functions,
+    }
