@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from dtcp.compile import EagerIsland
 from dtcp.distributed.mesh import ParallelMesh, check_parallel_mesh
+from dtcp.distributed.refused_alike import refused_alike
 from dtcp.experts import RouterLoss
 from dtcp.mixer import Mixer
 from dtcp.mixer_plan import apply_plan, apply_styles, find, matching, on_nodes
@@ -128,8 +129,9 @@ def parallelize(
             fsdp_units=[list(unit.values()) for unit in fsdp_units],
             keep_dtype=keep_dtype,
         )
-    earlier.check_no_hooks(model)
-    earlier.check_no_optimizer(model)
+    with refused_alike("A model is parallelized", mesh.device_mesh):
+        earlier.check_no_hooks(model)
+        earlier.check_no_optimizer(model)
     return model
 
 

@@ -43,7 +43,7 @@ class EarlierWeights:
         It would train nothing: gradients arrive at the weights that took their places.
 
         Raises:
-            ValueError: on every rank that has made one.
+            ValueError: naming the model.
         """
         now = {id(parameter) for parameter in model.parameters()}
         left = [x for ref in self._weights if (x := ref()) is not None and id(x) not in now]

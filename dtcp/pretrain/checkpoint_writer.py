@@ -81,7 +81,11 @@ class _Hashing(FileSystem):
     ) -> Generator[io.IOBase, None, None]:
         with super().create_stream(path, mode) as stream:
             hashed = _HashedStream(stream)
-            yield hashed
+            try:
+                yield hashed
+            except RuntimeError as error:
+                # torch's archive, which is closed all the same, speaks of its own positions.
+                raise hashed.failure or error from error
         self._streams.append((Path(path), hashed))
 
     def written(self) -> list[WrittenFile]:
@@ -98,6 +102,7 @@ class _HashedStream(io.IOBase):
 
     def __init__(self, stream: io.IOBase) -> None:
         self._stream, self.size, self.digest = stream, 0, xxhash.xxh3_64()
+        self.failure: OSError | None = None
 
     def writable(self) -> bool:
         return True
@@ -106,7 +111,11 @@ class _HashedStream(io.IOBase):
         view = memoryview(data).cast("B")
         self.digest.update(view)
         self.size += len(view)
-        return self._stream.write(data)
+        try:
+            return self._stream.write(data)
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
 
     def tell(self) -> int:
         return self._stream.tell()

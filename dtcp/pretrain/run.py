@@ -185,4 +185,4 @@ def _plotted(folder: Path) -> str:
     try:
         return f"plotted     {plot_losses(folder)}"
     except OSError as error:
-        return f"not plotted {folder}, which cannot be written ({error.strerror})"
+        return f"not plotted {error.filename or folder}: {error.strerror}"

@@ -4,6 +4,8 @@ A callback may look at the clock or at a file, or hear a signal that only its ho
 that then stops, saves or evaluates alone leaves the others waiting for it.
 """
 
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -46,6 +48,7 @@ class SharedDecisions:
     # Of the trainer that follows in the order of classes.
     args: Any
     control: Any
+    log: Callable[..., None]
 
     def set_initial_training_values(self, args: Any, dataloader: Any, *others: Any) -> Any:
         """How long to train: refuses loaders whose lengths differ between ranks."""
@@ -61,10 +64,31 @@ class SharedDecisions:
             dist.broadcast_object_list(box, src=0)
         return found._replace(metrics=box[0])
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log(logs, start_time)  # type: ignore[misc]
-        if start_time is not None:  # a step's, which all ranks log
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Of trials that no rank ends by itself."""
+        search = super().hyperparameter_search  # type: ignore[misc]
+        given = inspect.signature(search).bind(*args, **kwargs)
+        check_search({**given.arguments, **given.arguments.get("kwargs", {})}, self.mesh)
+        return search(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Which reads, once a step is logged, whether to evaluate: as all ranks decided there.
+
+        However `log` is overridden; what one rank logs at other times waits for nobody.
+        """
+        log, own = self.log, vars(self)
+
+        def log_step(*args: Any, **kwargs: Any) -> None:
+            del own["log"]
+            log(*args, **kwargs)
             share_decisions(self.control, self.mesh, self.args.device)
+
+        if self.control.should_log:
+            own["log"] = log_step
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            own.pop("log", None)
 
 
 def share_decisions(control: Any, mesh: ParallelMesh, device: torch.device) -> None:
@@ -78,6 +102,29 @@ def share_decisions(control: Any, mesh: ParallelMesh, device: torch.device) -> N
     dist.all_reduce(decided, dist.ReduceOp.MAX)
     for name, value in zip(DECISIONS, decided.tolist(), strict=True):
         setattr(control, name, bool(value))
+
+
+def check_search(given: Mapping[str, Any], mesh: ParallelMesh) -> None:
+    """Refuse a search for hyperparameters that ends trials on the rank that asks for them.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    backend = given.get("backend")
+    if mesh.degrees.world == 1:
+        return
+    for name, value, remedy in (
+        ("backend", getattr(backend, "value", backend) or "optuna", "take optuna"),
+        ("pruner", type(given.get("pruner")).__name__, "pass optuna.pruners.NopPruner()"),
+        ("timeout", given.get("timeout"), "leave it out, and give n_trials"),
+        ("n_jobs", given.get("n_jobs", 1), "leave it out: all ranks work on one trial"),
+        ("catch", given.get("catch", ()), "leave it out"),
+    ):
+        if value not in ("optuna", "NopPruner", None, 1, ()):
+            raise ValueError(
+                f"Trials of a search on a mesh run to their end on all ranks, got {name}={value}, "
+                f"by which the first rank alone would end one: {remedy}."
+            )
 
 
 def check_length(loader: Any, mesh: ParallelMesh) -> None:

@@ -45,7 +45,15 @@ class Loop:
         return EvalLoopOutput(None, None, {"eval_score": float(dist.get_rank())}, 1)
 
     def log(self, logs, start_time=None):
-        self.control.should_save = dist.get_rank() == 1
+        self.control.should_evaluate = dist.get_rank() == 1
+
+    def hyperparameter_search(self, hp_space=None, n_trials=20, backend=None, **kwargs):
+        return n_trials
+
+    def _maybe_log_save_evaluate(self, loss):
+        if self.control.should_log:
+            self.log({"loss": loss}, 0.0)
+        self.evaluates = self.control.should_evaluate
 
 
 class SharedLoop(SharedDecisions, Loop):
@@ -53,6 +61,13 @@ class SharedLoop(SharedDecisions, Loop):
         self.mesh = ParallelMesh.from_degrees(Degrees(dp_shard=2), "cpu")
         self.args = SimpleNamespace(device=torch.device("cpu"))
         self.control = TrainerControl()
+
+
+class LogsItsOwn(SharedLoop):
+    """A trainer of one's own, which keeps to itself when a step began."""
+
+    def log(self, logs, *_):
+        super().log({**logs, "own": 1.0})
 
 
 @spmd(ranks=2)
@@ -74,9 +89,31 @@ def test_data_sets_of_unequal_length_are_refused_on_all_ranks(mesh):
 @spmd(ranks=2)
 def test_what_is_decided_as_a_step_is_logged_holds_on_all_ranks(mesh):
     """And what one rank logs by itself waits for nobody."""
-    loop = SharedLoop()
-    if dist.get_rank() == 0:
-        loop.log({"of the first rank": 1.0})
-    assert not loop.control.should_save
-    loop.log({"loss": 1.0}, 0.0)
-    assert loop.control.should_save
+    for kind in (SharedLoop, LogsItsOwn):
+        loop = kind()
+        if dist.get_rank() == 0:
+            loop.log({"of the first rank": 1.0})
+        assert not loop.control.should_evaluate
+        for loop.control.should_log in (False, True):
+            loop._maybe_log_save_evaluate(1.0)
+            assert loop.evaluates == loop.control.should_log
+            assert "log" not in vars(loop)
+
+
+@spmd(ranks=2)
+def test_a_search_whose_trials_the_first_rank_would_end_is_refused(mesh):
+    """optuna prunes where nobody asks it not to: other ranks would wait in the next step."""
+    search = SharedLoop().hyperparameter_search
+    whole = {"pruner": NopPruner(), "direction": "minimize"}
+    assert search(None, 3, **whole) == search(None, 3, "optuna", **whole) == 3
+    for given, match in (
+        ({}, "pruner=NoneType, .*: pass optuna.pruners.NopPruner"),
+        ({**whole, "timeout": 60}, "timeout=60, by which the first rank"),
+        ({**whole, "backend": "ray"}, "backend=ray, .*: take optuna"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            search(None, 3, **given)
+
+
+class NopPruner:
+    """As optuna's is called, which is not installed here."""

@@ -31,6 +31,46 @@ class Scaled(torch.optim.Optimizer):
         return x.full_tensor().norm() if self.whole and isinstance(x, DTensor) else x.norm()
 
 
+class Several(torch.optim.Optimizer):
+    """Steps by others, as recipes with Muon for matrices and Adam for the rest do."""
+
+    def __init__(self, *others):
+        super().__init__([p for each in others for p in weights_of(each)], {"lr": 0.1})
+        self.others = list(others)
+        self.param_groups = [group for each in others for group in each.param_groups]
+
+    def step(self, closure=None):
+        for each in self.others:
+            each.step()
+
+
+def weights_of(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+class Averaged(torch.optim.SGD):
+    """Has to know when it trains, and uses up gradients, as schedule-free ones do."""
+
+    trains = False
+
+    def train(self):
+        self.trains = True
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if not self.trains:
+            raise RuntimeError("call train first")
+        super().step()
+        for p in weights_of(self):
+            if p.grad is not None:
+                p.grad.mul_(2)
+
+
+class Idle(Averaged):
+    def step(self, closure=None):
+        """Of one whose hooks step in backward, or whose wrapper does."""
+
+
 @spmd(axes={"cp": 2, "tp": 2})
 def test_optimizer_that_goes_by_a_shard_is_refused(mesh):
     """And none whose sums are those of whole weights; neither has stepped a weight of the model."""
@@ -62,4 +102,22 @@ def test_optimizer_is_tried_once_for_groups_that_differ_by_their_rates(mesh):
         for index, p in enumerate(matrices)
     ]
     ways = list(_ways(torch.optim.AdamW(groups)))
-    assert [group["lr"] for group, _ in ways] == [0.1, 0.1 + 0.1 * 2]
+    assert [group["lr"] for group, *_ in ways] == [0.1, 0.1 + 0.1 * 2]
+
+
+@spmd(ranks=2)
+def test_optimizers_that_one_holds_are_tried_within_it(mesh):
+    """Each on the weights that are its own; and one whose step does nothing was not tried."""
+    model = parallelize_hf(build("llama"), ParallelMesh.from_degrees(Degrees(cp=2), "cpu"))
+    weights = list(model.parameters())
+    matrices, others = ([p for p in weights if (p.ndim == 2) == of] for of in (True, False))
+    muon = torch.optim.Muon(matrices)
+    check_steps_shards(Several(muon, torch.optim.AdamW(others)))
+    assert not muon.state
+    by_shard = Several(torch.optim.AdamW(others), Scaled(matrices, whole=False))
+    with pytest.raises(ValueError, match=r"Several, whose steps are .* off"):
+        check_steps_shards(by_shard)
+    check_steps_shards(Averaged(weights, lr=0.1))
+    with pytest.raises(ValueError, match=r"Idle, whose method step changes nothing in 8 calls"):
+        check_steps_shards(Idle(weights, lr=0.1))
+    check_steps_shards(Idle(weights, lr=0.0))
