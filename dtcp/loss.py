@@ -15,7 +15,7 @@ from dtcp.distributed.gradient_sums import check_output_summed
 from dtcp.labels import IGNORED
 from dtcp.linear_logits import LinearLogits, checked_head, fused_loss_sum, linear_logit_sums
 from dtcp.logit_sums import LogitSums, check_local_labels, logit_sums
-from dtcp.sequence.arguments import check_ints, check_tensor
+from dtcp.sequence.arguments import check_ints, check_kind, check_tensor
 
 
 def global_token_count(labels: Tensor, mesh: DeviceMesh | None) -> Tensor:
@@ -26,6 +26,8 @@ def global_token_count(labels: Tensor, mesh: DeviceMesh | None) -> Tensor:
         mesh: the ranks whose tokens make up a batch, ParallelMesh.loss; None for this rank alone.
     """
     check_local_labels("A count of tokens", labels)
+    kinds = (DeviceMesh, type(None))
+    check_kind("A count of tokens", kinds, remedy="give ParallelMesh.loss", mesh=mesh)
     tokens = (labels != IGNORED).sum()
     if mesh is not None:
         dist.all_reduce(tokens, group=mesh.get_group())

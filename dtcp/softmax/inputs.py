@@ -202,6 +202,6 @@ def check_key_count(x: AttentionInputs, expected: int) -> None:
     if x.v.shape[1] != expected:
         raise ValueError(
             f"Attention reads the keys of its own batch, got {x.v.shape[1]} keys where the batch "
-            f"has {expected}: give every token its key, and attend to the keys of another sequence "
-            f"by CrossAttention."
+            f"has {expected}: give every token its key, [B, L, G, D], and attend to the keys of "
+            f"another sequence by CrossAttention."
         )

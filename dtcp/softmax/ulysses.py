@@ -261,7 +261,8 @@ def _to_sequence(parts: Sequence[Tensor], order: Tensor, context: OpContext) -> 
     if order.numel() not in (0, n * length):
         raise ValueError(
             f"Attention reads the metadata of its own batch, got some for {order.numel()} tokens "
-            f"on {n} ranks with {length} each: pass those made with this batch."
+            f"on {n} ranks with {length} each: pass those made with this batch, and q, k and v as "
+            f"[B, L, H, D]."
         )
     rows = _all_to_all(torch.cat([x.flatten(3) for x in parts], dim=-1), context)
     whole = rows.movedim(0, 1).reshape(batch, n * length, -1)

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from dtcp import batch_metadata, causal_lm_loss, sequence_layout, token_log_probs
+from dtcp import (
+    batch_metadata,
+    causal_lm_loss,
+    global_token_count,
+    sequence_layout,
+    token_log_probs,
+)
 from dtcp.batch import shard_batch
 from dtcp.compile import EagerIsland
 from dtcp.cp_utils import apply_cp, attach_context_parallel_hooks, attach_cp_sdpa_hooks
@@ -105,6 +111,10 @@ CALLS = {
     "device mesh": (lambda: ParallelMesh.from_device_mesh(None), "got device_mesh=None"),
     "axis": (lambda: ParallelMesh.of_sequence("cp"), "got axis='cp'"),
     "mesh of a batch": (lambda: shard_batch(BATCH, None), "got mesh=None"),
+    "mesh of a count": (
+        lambda: global_token_count(BATCH["input_ids"], ONE_RANK),
+        "got mesh=ParallelMesh.*: give ParallelMesh.loss",
+    ),
     "model of a batch": (lambda: shard_batch(BATCH, ONE_RANK, model=Llama), "got model=<class"),
     "fields": (lambda: shard_batch(BATCH, ONE_RANK, fields=["input_ids"]), "got fields=\\['inp"),
     "balance": (lambda: shard_batch(BATCH, ONE_RANK, balance_for=print), "got balance_for=<"),

@@ -70,7 +70,7 @@ class Queries(NamedTuple):
             raise ValueError(
                 f"Attention reads the metadata of its own batch, got some for "
                 f"{tuple(first_key.shape[-2:])} queries with q.shape={tuple(q.shape)}: pass those "
-                f"made with this batch."
+                f"made with this batch, and q as [B, L, H, D]."
             )
         return cls(q, first_key, last_key, bias)
 
