@@ -7,7 +7,9 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.testing import assert_close
 
 from dtcp.compile import DATA_SIZES, count_graphs
+from dtcp.distributed import staging
 from dtcp.distributed.ledger import count_traffic
+from dtcp.experts import op
 from dtcp.experts.expected_moves import ExpertSizes, expected_moves
 from dtcp.models.moe import Experts
 from dtcp.parallelize.experts import ExpertParallel
@@ -168,6 +170,20 @@ def test_tokens_of_experts_cross_between_nodes_once_for_each_node(mesh):
 @spmd(ranks=2)
 def test_experts_travel_while_a_shared_one_computes(mesh, compiled):
     """Between the op that sends tokens and the one that waits for them; equal all the same."""
+    check_beside_a_shared_one(mesh, compiled)
+
+
+@spmd(ranks=2)
+def test_experts_of_ranks_that_share_a_gpu_travel_through_host_memory(mesh):
+    """Beside a shared one, too: gloo has no all_to_all of a GPU's tensors, in flight or not."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (staging, op):
+            patch.setattr(module, "is_staged", lambda x, group: True)
+        patch.setattr(op, "start_all_to_all", None)
+        check_beside_a_shared_one(mesh, False)
+
+
+def check_beside_a_shared_one(mesh, compiled):
     whole, x, index, weight, real, cotangent = a_case(2)
     rank = mesh.get_local_rank()
     mine = slice(rank * N, (rank + 1) * N)
