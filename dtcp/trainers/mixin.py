@@ -45,6 +45,7 @@ from dtcp.trainers.arguments import (
 )
 from dtcp.trainers.cached_reference import shards_for_hashes, with_reference_log_probs
 from dtcp.trainers.decisions import SharedDecisions, share_callbacks
+from dtcp.trainers.evaluation import SharedEvaluation
 from dtcp.trainers.policy import PolicyRows
 from dtcp.trainers.policy_arguments import (
     arguments_by_name,
@@ -66,7 +67,7 @@ from dtcp.trainers.saved import (
 from dtcp.trainers.streams import read_whole
 
 
-class MeshTrainerMixin(PolicyRows, SharedDecisions):
+class MeshTrainerMixin(PolicyRows, SharedDecisions, SharedEvaluation):
     """Put before a trainer's class: `class Trainer(MeshTrainerMixin, transformers.Trainer)`.
 
     Args:
@@ -273,7 +274,7 @@ class MeshTrainerMixin(PolicyRows, SharedDecisions):
             self._ignore_repeated(batch_samples[-1])
         asked = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
         if not batch_samples or not asked or not self._shifts(batch_samples[0]):
-            return super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
+            return super()._get_num_items_in_batch(batch_samples, device)
         count = torch.zeros((), dtype=torch.int64)
         for batch in batch_samples:
             labels = shift_labels(batch["labels"], documents_of_hf_batch(batch))
@@ -307,7 +308,7 @@ class MeshTrainerMixin(PolicyRows, SharedDecisions):
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.compute_loss_func is not None:
             inputs = dict(inputs)
-        return super().compute_loss(self._wrap_model(model), inputs, *args, **kwargs)  # type: ignore[misc]
+        return super().compute_loss(self._wrap_model(model), inputs, *args, **kwargs)
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
         """Of DPOTrainer: a reference model is called with whole rows, too."""
@@ -316,24 +317,6 @@ class MeshTrainerMixin(PolicyRows, SharedDecisions):
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """Of DPOTrainer and KTOTrainer: the reference's numbers of all rows, on every rank."""
         return with_reference_log_probs(self, dataset, batch_size, self._prepare_inputs)
-
-    def prediction_step(
-        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> Any:
-        rows = self._wrap_model(model)
-        rows.gathers_logits = self._gives_logits = not prediction_loss_only
-        rows.gave_share = False
-        self._ignore_repeated(inputs)
-        try:
-            loss, *others = super().prediction_step(  # type: ignore[misc]
-                rows, inputs, prediction_loss_only, ignore_keys=ignore_keys
-            )
-            if loss is not None and rows.gave_share and self.mesh.batch is not None:
-                # Of the rows of all batch ranks, as one process has it: some are not counted.
-                loss = self.accelerator.gather(loss).mean()
-            return (loss, *others)
-        finally:
-            rows.gathers_logits = self._gives_logits = False
 
     # Files: written and read by all ranks together, the same on any mesh.
 

@@ -266,6 +266,21 @@ def compiled(mesh: ParallelMesh | None, folder: str) -> Any:
     return trainer
 
 
+def tuned(mesh: ParallelMesh | None, folder: str) -> Any:
+    """TRL's loss of uneven rows, evaluated, with the balance loss of experts."""
+    own = {**tiny.arguments(mesh, folder), "save_strategy": "no"}
+    options = {
+        "model": tiny.build("experts", output_router_logits=True),
+        "args": SFTConfig(max_length=96, eval_packing=False, **own),
+        "train_dataset": Dataset.from_dict({"text": tiny.texts(16)}),
+        "eval_dataset": Dataset.from_dict({"text": tiny.texts(6, least=10)}),
+        "processing_class": tiny.tokenizer(),
+    }
+    trainer = SFTTrainer(**options) if mesh is None else MeshSFTTrainer(**options, mesh=mesh)
+    trainer.train()
+    return trainer
+
+
 def preferences(mesh: ParallelMesh | None, folder: str, **change: Any) -> Any:
     """A preference loss whose reference is computed before training: the model as it starts."""
     pieces = tiny.texts(8)
@@ -401,6 +416,7 @@ CASES = {
     "decided": decided,
     "flattened": flattened,
     "compiled": compiled,
+    "tuned": tuned,
     "preferences": preferences,
     "many_preferences": many_preferences,
     "adapted_preferences": adapted_preferences,
@@ -411,7 +427,7 @@ CASES = {
     "adapted_two_sequences": adapted_two_sequences,
 }
 UNEVEN = ("uneven", "uneven_doubled", "uneven_by_function", "uneven_stream", "uneven_flattened")
-DEALT = (*UNEVEN, "masked")
+DEALT = (*UNEVEN, "masked", "tuned")
 """Cases in which ranks read different rows."""
 Logs = list[dict[str, float]]
 

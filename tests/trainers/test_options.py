@@ -8,7 +8,7 @@ from tests.harness.run_script import run_forked
 
 CASES = {
     "rows": ("many", "uneven", "uneven_doubled", "uneven_by_function", "flattened", "compiled"),
-    "ends": ("uneven_stream", "uneven_flattened", "masked", "decided"),
+    "ends": ("uneven_stream", "uneven_flattened", "masked", "decided", "tuned"),
     "preferences": (
         "preferences",
         "many_preferences",
