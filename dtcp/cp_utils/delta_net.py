@@ -271,12 +271,18 @@ class CPAwareGatedDeltaNet(nn.Module):
 def apply_cp(model: nn.Module, cp_mesh: DeviceMesh) -> nn.Module:
     """Shard every GatedDeltaNet of a model of transformers on the axis, in place.
 
+    A model that was built with CPAwareGatedDeltaNet keeps its layers, and is told the axis.
+
     Raises:
         ValueError: a model that has none.
     """
     check_kind("apply_cp", nn.Module, model=model)
     names = {name for _, name in CLASSES.values()}
-    layers = [m for m in model.modules() if type(m).__name__ in names]
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, CPAwareGatedDeltaNet) or type(module).__name__ in names
+    ]
     if not layers:
         raise ValueError(
             f"apply_cp shards GatedDeltaNet layers of transformers, got a {type(model).__name__} "

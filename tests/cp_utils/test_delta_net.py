@@ -135,6 +135,11 @@ def adopted(mesh: Any) -> None:
         layer, module.Qwen3_5GatedDeltaNet
     )
     assert list(layer.state_dict()) == names
+    # Built as one, as NeMo's models are, or sharded before: it was no layer that apply_cp knew.
+    built = layer_of("qwen3_5_moe_text")
+    for each in (layer, built):
+        apply_cp(nn.Sequential(each), mesh)
+    assert built._cp_mesh is layer._cp_mesh is mesh
     rows = HeadTail(64, mesh.size()).token_indices(mesh.get_local_rank())
     x = torch.randn(1, len(rows), DIM, dtype=torch.float64, requires_grad=True)
     with count_traffic() as traffic:
