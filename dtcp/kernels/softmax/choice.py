@@ -108,12 +108,12 @@ def log_choice(choice: KernelChoice) -> None:
 
 @cache
 def log_rounded_parts(name: str) -> None:
-    """Say once what it costs that a ring merges results which a backend rounds, if it does."""
+    """Say once what it costs to merge results which a backend rounds, if it does."""
     if backend_named(name).rounds:
         LOG.info(
-            "A ring merges results that %s has rounded to the inputs' dtype: up to 1.4 times the "
-            "error of one call. AllGatherAttention makes one call; with reduce_dtype=torch.float32 "
-            "a ring merges in fp32.",
+            "A ring, and a mask of several intervals, merge results that %s has rounded to the "
+            "inputs' dtype: up to 1.4 times the error of one call. AllGatherAttention makes one "
+            "call an interval; with reduce_dtype=torch.float32 results are merged in fp32.",
             name,
         )
 
