@@ -271,7 +271,7 @@ class CPAwareGatedDeltaNet(nn.Module):
 def apply_cp(model: nn.Module, cp_mesh: DeviceMesh) -> nn.Module:
     """Shard every GatedDeltaNet of a model of transformers on the axis, in place.
 
-    A model that was built with CPAwareGatedDeltaNet keeps its layers, and is told the axis.
+    A model that was built with CPAwareGatedDeltaNet keeps its layers, which get the axis.
 
     Raises:
         ValueError: a model that has none.
