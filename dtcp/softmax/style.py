@@ -59,10 +59,10 @@ class AttentionStyle(MixerStyle):
         reduce_dtype: in which ranks sum what each computed of the same key or query, as of FSDP's
             MixedPrecisionPolicy: None for the model's dtype, torch.float32 for sums as exact as
             one device's. Then kernels that round their results are passed over in backward (and
-            where a ring merges), and gradients of keys travel in fp32 to where they are summed:
-            twice the bytes home in bf16. So do gradients of latents over tp, which splits the
-            heads that read them. Nothing changes where nothing is summed: on one rank, and where
-            heads are dealt out and no kv head is replicated.
+            where a ring or a mask of several intervals merges), and gradients of keys travel in
+            fp32 to where they are summed: twice the bytes home in bf16. So do gradients of latents
+            over tp, which splits the heads that read them. Nothing changes where nothing is summed:
+            on one rank, and where heads are dealt out and no kv head is replicated.
     """
 
     claims: ClassVar[Mapping[type[Mixer], type[ClaimedMixer]]] = {
