@@ -260,6 +260,12 @@ def _refused(args: Any, mesh: ParallelMesh) -> Iterator[tuple[str, Any, str]]:
             False,
             "leave it True, for a rank without rows would not join the others in a step",
         )
+    if mesh.size("batch") > 1 and args.accelerator_config.split_batches:
+        yield (
+            "accelerator_config.split_batches",
+            True,
+            "leave it False, and say the rows of one batch rank: evaluations weigh losses by them",
+        )
     if args.accelerator_config.dispatch_batches:
         yield (
             "accelerator_config.dispatch_batches",

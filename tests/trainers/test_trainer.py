@@ -138,10 +138,17 @@ def test_trainer_refuses_arguments_that_a_mesh_would_ignore(tmp_path, change, ma
         check_training_arguments(args, ONE_RANK)
 
 
-def test_trainer_whose_batch_ranks_would_have_rows_of_different_number_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"even_batches": False}, "even_batches=False: leave it True, for a rank without"),
+        ({"split_batches": True}, "split_batches=True: leave it False, .* weigh losses by them"),
+    ],
+)
+def test_trainer_whose_batch_ranks_would_count_rows_otherwise_is_refused(tmp_path, change, match):
     two = SimpleNamespace(size=lambda axis: 2)
-    args = arguments(tmp_path, accelerator_config={"even_batches": False})
-    with pytest.raises(ValueError, match="even_batches=False: leave it True, for a rank without"):
+    args = arguments(tmp_path, accelerator_config=change)
+    with pytest.raises(ValueError, match=match):
         check_training_arguments(args, two)
 
 
