@@ -19,9 +19,10 @@ from dtcp.mixer_plan import apply_plan
 from dtcp.parallelize.plans.families import FAMILY_PLANS
 from dtcp.planner.subject import FAMILIES
 from dtcp.sequence.document_balanced import DocumentBalanced
+from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.per_document import PerDocument
-from dtcp.softmax import AllGatherAttention, RingAttention, UlyssesAttention
+from dtcp.softmax import AllGatherAttention, HybridAttention, RingAttention, UlyssesAttention
 from tests.harness import packings
 from tests.harness.attention_parity import (
     CAUSAL,
@@ -69,18 +70,25 @@ def test_ranks_on_gpus_wait_for_nothing_and_share_memory_in_order(name, layout):
                 check_ranks(STYLES[name], layout, case, flash)
 
 
-def check_ranks(style, layout, case, flash):
+def test_a_rank_whose_share_of_a_transfer_is_empty_waits_for_what_replicas_add_up():
+    """One key, fetched by the other of two ranks: gradients of it were overwritten on their way."""
+    case = Case(CAUSAL, lambda *_: Documents(((255, 257),), 512), seq_len=512)
+    style = HybridAttention(inner_ranks=2, ranks_per_node=2)
+    check_ranks(style, Contiguous, case, flash=False, kv_heads=1, rank=2)
+
+
+def check_ranks(style, layout, case, flash, *, kv_heads=2, rank=1):
     documents = case.documents(RANKS)
     batch = {
         "input_ids": torch.zeros(documents.batch, documents.seq_len, dtype=torch.int64),
         "block": packings.blocks_of_tokens(documents),
     }
-    with fake_ranks(RANKS, 1), host_of_gpu(flash=flash) as gpu:
+    with fake_ranks(RANKS, rank), host_of_gpu(flash=flash) as gpu:
         mesh = ParallelMesh.from_degrees(Degrees(cp=RANKS), "cuda")
         mixer = mixer_on(mesh.cp, style, case.mask_case.mask)
         sharded = sharded_on(mesh, layout, mixer, batch, documents)[1]
         length = sharded.layout.shard_len
-        q, k, v = (leaf(documents.batch, length, heads, 64) for heads in (4, 2, 2))
+        q, k, v = (leaf(documents.batch, length, heads, 64) for heads in (4, kv_heads, kv_heads))
         sink = leaf(4)
         out = mixer(q, k, v, sharded.attn_metadata, sink=sink)
         torch.autograd.grad(out, (q, k, v, sink), torch.zeros_like(out))

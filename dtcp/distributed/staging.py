@@ -157,7 +157,11 @@ def send_and_receive(rows: Tensor, count: int, between: Between) -> Transfer:
     if is_staged(rows, between.group):
         return _staged(rows, arrived, between)
     works = between.post(rows, arrived)
-    return Transfer(arrived, lambda: _wait_for(works), rows)
+    if works or not rows.is_cuda:
+        return Transfer(arrived, lambda: _wait_for(works), rows)
+    # Nothing moves, but what led up to it runs on this stream: what that reads is held until then.
+    beside = torch.cuda.current_stream(rows.device)
+    return Transfer(arrived, lambda: _wait_for_stream(beside), rows)
 
 
 def _staged(rows: Tensor, arrived: Tensor, between: Between) -> Transfer:
@@ -193,3 +197,7 @@ def _staged(rows: Tensor, arrived: Tensor, between: Between) -> Transfer:
 def _wait_for(works: Sequence[dist.Work]) -> None:
     for work in works:
         work.wait()
+
+
+def _wait_for_stream(beside: torch.cuda.Stream) -> None:
+    torch.cuda.current_stream(beside.device).wait_stream(beside)
