@@ -209,6 +209,11 @@ def token_keys(seed: Tensor, rows: Tensor, token_index: Tensor) -> Tensor:
     return mixed(mixed(mixed(seed) ^ rows)[:, None] ^ token_index)
 
 
+def step_seed(seed: int, step: int) -> int:
+    """What to seed torch with before a step, that a run which goes on drops what it would have."""
+    return int(mixed(mixed(torch.tensor([seed % 2**63], device="cpu")) ^ step))
+
+
 @on_host
 def drawn_seed(axes: Sequence[DeviceMesh | None] = (), *, drops: bool = True) -> Tensor | None:
     """A number for a batch, by torch's generator of the host: that of the first rank of the axes.

@@ -225,8 +225,20 @@ def _checkpointed_and_compiled(
     if has_island:
         return checkpoint.wrap(_noting(scope, compile.around_islands(forward)))
     if calls_again(block):
+        block.register_forward_pre_hook(_refuse_own_checkpoint)
         return checkpoint.wrap(_noting(scope, compile.whole(forward)))
     return _noting(scope, compile.whole(checkpoint.wrap(forward)))
+
+
+def _refuse_own_checkpoint(block: nn.Module, _: object) -> None:
+    """Refuse a checkpoint inside of a graph that would have to forget which dropout it called."""
+    if block.training and getattr(block, "gradient_checkpointing", False):
+        raise ValueError(
+            f"A compiled block that calls one dropout several times is recomputed from outside, "
+            f"got a {type(block).__name__} with gradient_checkpointing=True: leave "
+            f"gradient_checkpointing_enable() out, and pass "
+            f"activation_checkpoint=FullCheckpoint() to parallelize_hf."
+        )
 
 
 def _noting(scope: DropoutScope | None, forward: Forward) -> Forward:

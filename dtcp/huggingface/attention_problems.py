@@ -42,10 +42,12 @@ def problems_of(
     *,
     cross: bool,
     merged: bool,
+    config: Any,
 ) -> list[str]:
     """Why no mixer can carry out an attention call, in sentences; empty if one can.
 
     Args:
+        config: of the module, or else of its model.
         q, k: [B, L, H or G, D].
         mask: what it lets queries see; None if that is not known.
         cross: whether keys are of an encoder's tokens.
@@ -63,8 +65,8 @@ def problems_of(
     problems = [of_keys] if of_keys else []
     if arguments.get("dropout"):
         problems.append(
-            f"dropout={arguments['dropout']} in training would depend on the mesh: set it to 0.0 "
-            f"in the config (attention_dropout, attn_pdrop, attention_probs_dropout_prob)."
+            f"dropout={arguments['dropout']} in training would depend on the mesh: set "
+            f"{_rates(config, arguments['dropout'])} = 0.0."
         )
     if unknown:
         meant = ", ".join(f"{key} ({MEANT.get(key, 'unknown')})" for key in unknown)
@@ -82,6 +84,13 @@ def problems_of(
             f"is {mask}: give its config a sliding_window."
         )
     return problems
+
+
+def _rates(config: Any, rate: float) -> str:
+    """The fields of a config that attention's dropout may come from, as code."""
+    fields = [key for key, x in vars(config).items() if "drop" in key and x == rate]
+    of_attention = [key for key in fields if "att" in key]
+    return " and ".join(f"config.{key}" for key in of_attention or fields) or "that of its config"
 
 
 def _problems_of_picking(

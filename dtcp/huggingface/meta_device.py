@@ -8,9 +8,11 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from dtcp.huggingface.registry import UnreadAttentionError
 from dtcp.huggingface.survey import Survey, survey
-from dtcp.huggingface.token_dropouts import dropouts_of_adapters
+from dtcp.huggingface.token_dropouts import SurveyedDropout, dropouts_of_adapters
 
 NARROW: Mapping[str, int] = {
     "vocab_size": 64,
@@ -62,8 +64,9 @@ def survey_on_meta(model: Any) -> Survey:
             f"build it on a real device, or build its text model."
         )
     is_small = sum(p.numel() for p in model.parameters()) <= SMALL
+    of_adapters = dropouts_of_adapters(model)
     try:
-        result = _survey_of_copy(model, _narrow_config)
+        result, copy = _survey_of_copy(model, _narrow_config)
     except UnreadAttentionError:
         raise
     # The config of somebody else's family checks the sizes in its own class of errors, and its
@@ -77,18 +80,15 @@ def survey_on_meta(model: Any) -> Survey:
                 f"{' '.join(str(error).split())[:200]}): build it on a real device."
             ) from error
     else:
-        if not result.refused or not is_small:
-            return _with_dropouts(result, model, narrow=True)
-    return _with_dropouts(_survey_of_copy(model, lambda config: config), model)
+        found = [replace(x, width=_own_width(x, copy, model)) for x in result.dropouts]
+        is_known = not result.refused and all(each.width for each in found)
+        if is_known or not is_small:
+            return replace(result, dropouts=(*found, *of_adapters))
+    result, _ = _survey_of_copy(model, lambda config: config)
+    return replace(result, dropouts=(*result.dropouts, *of_adapters))
 
 
-def _with_dropouts(result: Survey, model: Any, *, narrow: bool = False) -> Survey:
-    """Add what a survey of a copy does not find: the model's own widths, and its adapters."""
-    found = [replace(x, width=None) if narrow else x for x in result.dropouts]
-    return replace(result, dropouts=(*found, *dropouts_of_adapters(model)))
-
-
-def _survey_of_copy(model: Any, change: Callable[[Any], Any]) -> Survey:
+def _survey_of_copy(model: Any, change: Callable[[Any], Any]) -> tuple[Survey, Any]:
     copy = type(model)._from_config(change(deepcopy(model.config))).train(model.training)
     result = survey(copy)
     modules, own = dict(model.named_modules()), dict(copy.named_modules())
@@ -99,7 +99,33 @@ def _survey_of_copy(model: Any, change: Callable[[Any], Any]) -> Survey:
             raise ValueError(
                 f"{attention.name} has scale={scales[0]}, and {scales[1]} in the model"
             )
-    return result
+    return result, copy
+
+
+def _own_width(dropout: SurveyedDropout, copy: Any, model: Any) -> int | None:
+    """Channels that a dropout has in a model, by those in its narrow copy; None if not known.
+
+    They are as many as a weight around it has, in the copy and so in the model.
+    """
+    around = dropout.name
+    while around:
+        around = around.rpartition(".")[0]
+        narrow, own = (_channels(x.get_submodule(around)) for x in (copy, model))
+        sizes = {own.get(key) for key, size in narrow.items() if size == dropout.width}
+        if sizes:
+            return sizes.pop() if len(sizes) == 1 else None
+    return None
+
+
+def _channels(module: nn.Module) -> dict[tuple[str, int], int]:
+    """The sizes of weights, but for how many tokens and positions an embedding has."""
+    tables = {id(x.weight) for x in module.modules() if isinstance(x, nn.Embedding)}
+    return {
+        (name, dim): size
+        for name, x in module.named_parameters()
+        for dim, size in enumerate(x.shape)
+        if dim or id(x) not in tables
+    }
 
 
 def _narrow_config(config: Any) -> Any:

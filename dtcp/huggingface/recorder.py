@@ -81,6 +81,7 @@ class Recorder:
         self.names = {module: name for name, module in model.named_modules()}
         self.base = None if model.base_model is model else model.base_model
         self.refused = refused
+        self.config = model.config.get_text_config()
         self.sdpa = getattr(model, "_supports_sdpa", False)
         self.base_unread = False
         self.attentions: dict[str, SurveyedAttention] = {}
@@ -162,7 +163,9 @@ class Recorder:
             known_mask = self._with_blocks(name, mask)
         cross = k.shape[1] != q.shape[1] and k.shape[1] == self.memory_len
         merged = self.memory_len > 0 and k.shape[1] == q.shape[1] + self.memory_len
-        problems = problems_of(module, q, k, known_mask, arguments, cross=cross, merged=merged)
+        seen = {"cross": cross, "merged": merged}
+        config = getattr(module, "config", self.config)
+        problems = problems_of(module, q, k, known_mask, arguments, config=config, **seen)
         if self.sdpa and getattr(module, "is_causal", None) is False and _hides_ahead(mask):
             problems.append(BY_PADDING)
         self.refused += [f"{name} ({type(module).__name__}): {problem}" for problem in problems]

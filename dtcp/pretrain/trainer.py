@@ -16,6 +16,7 @@ from pathlib import Path
 from signal import Signals
 from typing import Any
 
+from dtcp.torchtitan.hf_model import SEED
 from dtcp.torchtitan.parallelize import mesh_with_section
 from dtcp.torchtitan.section import Section
 
@@ -61,6 +62,7 @@ from dtcp.pretrain.text_files import DataError
 from dtcp.pretrain.tokenizer import Tokenizer, check_tokenizer_folder
 from dtcp.pretrain.validation_data import describe_validation, validates
 from dtcp.pretrain.without_effect import check_effects
+from dtcp.token_dropout import TokenDropout, step_seed
 
 
 class Trainer(titan.Trainer):
@@ -108,6 +110,8 @@ class Trainer(titan.Trainer):
     """Of pipeline stages that hold some weights together."""
     parts_run: int = 0
     """Of a step: how often the schedule has run."""
+    drops: bool = False
+    """Whether its model drops by token: by numbers that follow the step, so that a resume does."""
     step_read: tuple[str, ...] = ()
     """First and last document of each micro-batch of a step."""
 
@@ -130,6 +134,7 @@ class Trainer(titan.Trainer):
         for part in self.model_parts:
             share_router_losses(part, in_step)
         own = self.model_parts
+        self.drops = any(isinstance(x, TokenDropout) for part in own for x in part.modules())
         parts = (self.mesh, config.dtcp, own[0] if len(own) == 1 else nn.ModuleList(own))
         self.preparation = BatchPreparation(*parts, training=True)
         if self.mesh.pp is not None and own[0].stage.copied:
@@ -234,6 +239,9 @@ class Trainer(titan.Trainer):
             self.copied.refresh()  # of what was loaded
         self.metrics_processor.row_losses.clear()
         self.step_read, self.parts_run = (), 0
+        if self.drops:
+            seed = self.config.debug.seed
+            torch.manual_seed(step_seed(SEED if seed is None else seed, self.step))
         try:
             super().train_step(data_iterator)
         except RuntimeError as error:

@@ -94,6 +94,25 @@ def test_trainer_of_torchtitan_trains_resumes_and_exports_a_model_of_transformer
 
 
 @pytest.mark.slow
+def test_run_that_goes_on_drops_what_an_unbroken_one_drops(tmp_path):
+    """Built on the meta device, on tp, and then on another mesh."""
+    config = deepcopy(read_config("gpt2"))
+    config.resid_pdrop, config.embd_pdrop, config.attn_pdrop = 0.3, 0.2, 0.0
+    config.save_pretrained(tmp_path)
+    source = tmp_path / "config.json"
+    mesh = {"parallelism__tensor_parallel_degree": 2, "parallelism__context_parallel_degree": 1}
+    found, _ = train(source, tmp_path / "run", **mesh)
+    shutil.rmtree(tmp_path / "run/checkpoint/step-4")
+    copied = shutil.copytree(tmp_path / "run", tmp_path / "other")
+    resumed, output = train(source, tmp_path / "run", **mesh)
+    assert "step-2" in output and resumed == {3: found[3], 4: found[4]}
+    elsewhere, _ = train(source, copied)
+    assert_close(list(elsewhere.values()), [found[3], found[4]], rtol=0, atol=2e-5)
+    other, _ = train(source, tmp_path / "seed", **mesh, debug__seed=1, training__steps=1)
+    assert abs(other[1] - found[1]) > 1e-4
+
+
+@pytest.mark.slow
 def test_seed_checkpoint_of_experts_starts_a_run_of_any_mesh(tmp_path):
     """It is of a model that was not parallelized, and has the form of those that are."""
     alone = {"parallelism__context_parallel_degree": 1, "training__steps": 1}
