@@ -9,14 +9,13 @@ From Thinking Machines Lab 2026, Inkling, as of transformers 5.24 (models/inklin
 """
 
 from collections.abc import Callable, Mapping
-from functools import update_wrapper
-from types import CellType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dtcp.huggingface.attend_by_name import attend_by_name, check_no_cache
+from dtcp.huggingface.renamed_globals import with_names
 
 POSITIONS = "dtcp_positions_of_tokens"
 """The argument in which a model hands its layers positions."""
@@ -146,29 +145,11 @@ def own_values_of_relative(module: nn.Module) -> dict[str, Any]:
     """The forward of a model's class, where that makes distances of all pairs of tokens."""
     if RELATIVE[type(module).__name__] is not _without_distances:
         return {}
-    return {WITHOUT_DISTANCES: _renamed(type(module).forward, {DISTANCES: _no_distances})}
+    return {WITHOUT_DISTANCES: with_names(type(module).forward, {DISTANCES: _no_distances})}
 
 
 def _no_distances(*_: Any, **__: Any) -> None:
     """Replaces [L, L] numbers that nothing reads."""
-
-
-def _renamed(function: Any, names: Mapping[str, Any]) -> FunctionType:
-    """A function, with its decorators, in which some global names are rebound."""
-    inside, names_of_all = getattr(function, "__wrapped__", None), function.__globals__
-    closure = function.__closure__
-    if inside is None:
-        names_of_all = {**names_of_all, **names}
-    else:
-        renamed = _renamed(inside, names)
-        closure = tuple(CellType(renamed) if x.cell_contents is inside else x for x in closure)
-    defaults = (function.__name__, function.__defaults__, closure)
-    made = FunctionType(function.__code__, names_of_all, *defaults)
-    update_wrapper(made, function)
-    made.__kwdefaults__ = function.__kwdefaults__
-    if inside is not None:
-        made.__wrapped__ = renamed  # type: ignore[attr-defined]
-    return made
 
 
 RELATIVE: Mapping[str, Callable[..., Any]] = {

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.forward import wrap_forward
+from dtcp.huggingface.functional_dropouts import install_rates, noting_rates, rates_of
 from dtcp.token_dropout import SCOPE, DropoutScope, ForwardOnBatch, TokenDropout, numbered
 
 _OF_ADAPTER = re.compile(r"(.*)\.lora_dropout\.[^.]+$")
@@ -31,12 +32,14 @@ class SurveyedDropout:
         of_memory: whether its tokens are those of an encoder's row.
         width: channels that a token has there on one device; None: not known.
         called_again: whether one forward calls it several times.
+        functional: whether it is a number that its module drops by, and no module.
     """
 
     name: str
     of_memory: bool = False
     width: int | None = None
     called_again: bool = False
+    functional: bool = False
 
 
 def drops(module: nn.Module) -> bool:
@@ -56,8 +59,11 @@ class DropoutCalls:
     def __init__(self, model: nn.Module, memory_len: int) -> None:
         self.model, self.memory_len = model, memory_len
         self.modules = {x: name for name, x in model.named_modules() if drops(x)}
+        self.rates = rates_of(model)
         self.found: dict[str, SurveyedDropout | None] = {}
-        self.blocks = {x: name for name, x in _called_with_metadata(model, drops)}
+        owners = {module for module, _ in self.rates.values()}
+        found = _called_with_metadata(model, lambda x: drops(x) or x in owners)
+        self.blocks = {x: name for name, x in found}
         self.run_again: dict[str, None] = {}
         self._run: set[nn.Module] = set()
         self._called: set[str] = set()
@@ -71,7 +77,8 @@ class DropoutCalls:
         hooks = [self.model.register_forward_pre_hook(self._start, with_kwargs=True)]
         hooks += [module.register_forward_pre_hook(self._enter) for module in self.blocks]
         try:
-            yield
+            with noting_rates(self.model, self._note_call):
+                yield
         finally:
             for hook in hooks:
                 hook.remove()
@@ -90,9 +97,12 @@ class DropoutCalls:
         self._run.add(module)
 
     def _note(self, module: nn.Module, x: Tensor) -> Tensor:
-        if not module.training:
-            return x  # A part of the model that is run by itself, on whatever shows mixing.
-        name = self.modules[module]
+        if module.training:
+            # Else a part of the model is run by itself, on whatever shows mixing.
+            self._note_call(self.modules[module], x)
+        return x
+
+    def _note_call(self, name: str, x: Tensor) -> None:
         now, before = self._as_token_dropout(name, x), self.found.get(name)
         if before is not None and now is not None:
             again = name in self._called or before.called_again
@@ -101,14 +111,14 @@ class DropoutCalls:
             now = None
         self.found[name] = now
         self._called.add(name)
-        return x
 
     def _as_token_dropout(self, name: str, x: Tensor) -> SurveyedDropout | None:
         for seq_len in (self._rows[1], self.memory_len):
             rows = torch.Size((self._rows[0], seq_len))
             if x.shape[:2] == rows or (x.ndim == 2 and len(x) == rows.numel()):
                 width = x.shape[2:].numel() if x.shape[:2] == rows else x.shape[1]
-                return SurveyedDropout(name, seq_len != self._rows[1], width)
+                of_memory, functional = seq_len != self._rows[1], name in self.rates
+                return SurveyedDropout(name, of_memory, width, functional=functional)
         return None
 
     def surveyed(self) -> tuple[SurveyedDropout, ...]:
@@ -125,8 +135,11 @@ class DropoutCalls:
         """Why some dropouts cannot be done by token, in sentences."""
         known = {each.name: each for each in self.surveyed()}
         places = Counter(x for _, x in self.model.named_modules(remove_duplicate=False))
-        for module, name in self.modules.items():
-            said = f"{name} ({type(module).__name__}): dropout={module.p} in training would "
+        dropping = [(x, name, x.p) for x, name in self.modules.items()]
+        called = {name: x for name, x in self.rates.items() if name in self.found}
+        dropping += [(x, name, vars(x)[key]) for name, (x, key) in called.items()]
+        for module, name, rate in dropping:
+            said = f"{name} ({type(module).__name__}): dropout={rate} in training would "
             if name not in known:
                 yield f"{said}depend on the mesh: set it to 0.0 in the config."
             again = [each for each in self.run_again if name.startswith(f"{each}.")]
@@ -157,6 +170,7 @@ def dropouts_of_adapters(model: nn.Module) -> tuple[SurveyedDropout, ...]:
 
 def install_token_dropouts(model: nn.Module, surveyed: tuple[SurveyedDropout, ...]) -> None:
     """Replace the dropouts that a survey found by modules that drop by token."""
+    install_rates(model, (each.name for each in surveyed if each.functional))
     made = {model.get_submodule(each.name): _token_dropout(model, each) for each in surveyed}
     if not made:
         return

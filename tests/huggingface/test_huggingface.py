@@ -273,7 +273,6 @@ def test_survey_reads_every_mask_off_the_models_own(kind):
         ("doge", {}, r"layers\.0\.self_attn .*its meaning is not known"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0"),
         ("bloom", {"slow_but_exact": True, "pretraining_tp": 2}, "slow_but_exact = False"),
-        ("starcoder2", {"residual_dropout": 0.1}, "Starcoder2ForCausalLM is random in training"),
         ("gpt_neox", {"attention_dropout": 0.1}, r"layers\.0\.attention .*dropout=0\.1"),
         ("gemma", {"use_bidirectional_attention": True}, r"layers\.0\.self_attn .*is_causal=False"),
         ("gpt_neox_japanese", {}, "GPTNeoXJapaneseForCausalLM .*keeps 'eager'"),
