@@ -118,7 +118,13 @@ OF_TRANSFORMERS = (
     "_supports_sdpa",
     "_weight_conversions",
 )
-OF_TORCHTITAN = ("_create_checkpoint_id", "_find_load_step", "_owner", "_should_save")
+OF_TORCHTITAN = (
+    "_build_param_groups",
+    "_create_checkpoint_id",
+    "_find_load_step",
+    "_owner",
+    "_should_save",
+)
 # Part of what a NamedTuple is: Python documents them, the underscore keeps fields' names free.
 NAMED_TUPLE = ("_asdict", "_fields", "_make", "_replace")
 OPTIONAL = ("fla", "cutlass", "ffpa_attn", "flash_attn", "flash_attn_interface", "flash_attn_3")

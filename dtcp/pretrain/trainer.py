@@ -9,6 +9,7 @@ The loss stays torchtitan's: the sum over local tokens, divided by the global co
 import json
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -55,6 +56,7 @@ from dtcp.pretrain.same_start import (
 )
 from dtcp.pretrain.settings import check_counts, check_optimizer, check_profiler
 from dtcp.pretrain.sources import TextFiles
+from dtcp.pretrain.stage_optimizers import check_groups, groups_of_stages
 from dtcp.pretrain.staged import check_stages, loss_of_stages
 from dtcp.pretrain.start_weights import check_start
 from dtcp.pretrain.stop import StopRequest
@@ -123,9 +125,12 @@ class Trainer(titan.Trainer):
         bound = {"parallelize_fn": partial(spec.parallelize_fn, section=section)}
         if spec.pipelining_fn is not None:
             bound["pipelining_fn"] = partial(spec.pipelining_fn, section=section)
-        with WholeDraws():
+        staged = config.parallelism.pipeline_parallel_degree > 1
+        with WholeDraws(), groups_of_stages() if staged else nullcontext() as groups:
             super().__init__(replace(config, model_spec=replace(spec, **bound)))
         self.mesh = mesh_with_section(self.parallel_dims, section)
+        if groups is not None:
+            check_groups(config.optimizer.param_groups, groups, self.mesh.pp)
         if isinstance(self.dataloader, PackedDocuments) and not is_dry(config):
             refuse_other_data(self.dataloader.fingerprint())
         self._check_vocabulary()

@@ -43,8 +43,14 @@ def micro() -> Trainer.Config:
 
 
 def tied_micro() -> Trainer.Config:
-    """Three layers of Qwen3's shape."""
-    return _small(qwen3_tiny(), llama("tied", replace(BYTE_SHAPE, num_layers=3, dim=32, tied=True)))
+    """Three layers of Qwen3's shape; the embedding learns at another rate than the rest."""
+    shape = replace(BYTE_SHAPE, num_layers=3, dim=32, tied=True)
+    config = _small(qwen3_tiny(), llama("tied", shape))
+    (rest,) = config.optimizer.param_groups
+    own = rest.optimizer_kwargs | {"lr": 1e-3}
+    first = replace(rest, pattern="embedding|lm_head", optimizer_kwargs=own)
+    config.optimizer.param_groups = [first, rest]
+    return config
 
 
 def titan_micro() -> Trainer.Config:
