@@ -51,11 +51,21 @@ def interval_runs(mask: Mask, coords: Coords, row: int = 0) -> list[IntervalRuns
     """
     lengths = None if coords.documents is None else coords.documents.lengths[row]
     if lengths is None or not _is_known(mask) or not _is_prefix_of_documents(coords, row):
-        intervals = intervals_of(mask, *_intervals(mask, coords))
-        return [read_off_runs(first[row].numpy(), last[row].numpy()) for first, last in intervals]
+        return _runs_read_off(mask, coords)[row]
     runs: list[IntervalRuns] | None = coords.memo.get((mask, row))
     if runs is None:
         runs = coords.memo[mask, row] = _known_runs(mask, coords, row, lengths)
+    return runs
+
+
+def _runs_read_off(mask: Mask, coords: Coords) -> list[list[IntervalRuns]]:
+    """Those of all rows, of which a mask gives the intervals at once."""
+    runs: list[list[IntervalRuns]] | None = coords.memo.get(mask)
+    if runs is None:
+        first, last = zip(*intervals_of(mask, *_intervals(mask, coords)), strict=True)
+        rows = zip(torch.stack(first, 1).numpy(), torch.stack(last, 1).numpy(), strict=True)
+        runs = [[read_off_runs(*ends) for ends in zip(*row, strict=True)] for row in rows]
+        coords.memo[mask] = runs
     return runs
 
 

@@ -269,9 +269,8 @@ def ranges_and_pieces(
         pieces_of_parts(rows[start : start + num_rows], keys, tiles=tiles)
         for start in range(0, len(rows), num_rows)
     ]
-    return intervals.stacked(ranges, dim=1), pieces[0] if len(pieces) == 1 else torch.stack(
-        pieces, 1
-    )
+    table = pieces[0] if len(pieces) == 1 else torch.stack(pieces, dim=1)
+    return intervals.stacked(ranges, dim=1), table
 
 
 def local_runs(

@@ -11,6 +11,7 @@ from dtcp.sequence.block_runs import TokenTypes, vision_blocks
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.document_pieces import RowOfDocuments
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.layout import HeadTail
 from dtcp.sequence.mask_runs import interval_runs
 from dtcp.sequence.mask_work import MaskWork, WorkRuns
@@ -148,6 +149,23 @@ def test_mask_of_ones_own_is_read_off_its_intervals():
     uneven = Coords.of(coords.documents, prefix=torch.arange(14)[None] % 3)
     with pytest.raises(ValueError, match="one prefix >= 0 for all tokens"):
         interval_runs(PrefixLM(), uneven)
+
+
+def test_mask_of_ones_own_is_asked_once_for_all_rows():
+    """By its mixer and by a layout; it was asked for all of them by each row."""
+    asked = []
+
+    class Asked(Causal):
+        def _interval(self, coords):
+            asked.append(coords)
+            return super()._interval(coords)
+
+    coords = Coords.of(Documents(((9, 4), (14,), ()), 14))
+    for mask in (Asked(), Asked() & SlidingWindow(3)):
+        KeyIntervals.of(mask, coords)
+        MaskWork.under(mask, coords).of_blocks(7)
+        assert len(asked) == 1
+        asked.clear()
 
 
 @pytest.mark.parametrize("masks", [*({mask: 1} for mask in MASKS), MIXTURE], ids=repr)
