@@ -218,7 +218,7 @@ def test_config_of_a_big_model_is_shrunk_with_a_layer_of_each_kind(tmp_path):
         ("--hf-config llama --set num_hidden_layers=0", "compares layers that mix tokens, got a"),
         (
             "--hf-config llama --set attention_dropout=0.1",
-            "set it to 0.0 in the config (attention_dropout, attn_pdrop",
+            "set config.attention_dropout = 0.0",
         ),
     ],
 )
