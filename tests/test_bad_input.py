@@ -23,7 +23,7 @@ from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import Bidirectional, BlockBidirectional, Causal, SlidingWindow
 from dtcp.sequence.per_document import PerDocument
-from dtcp.sequence.prefix_masks import PrefixLM
+from dtcp.sequence.prefix_masks import FirstTokens, PrefixLM
 from dtcp.softmax import (
     AllGatherAttention,
     HaloAttention,
@@ -211,6 +211,7 @@ def test_layout_that_a_style_cannot_carry_out_is_refused(mesh, layout):
         (SlidingWindow(4), "sees 3 tokens to the left and 31 to the right"),
         (Causal() & SlidingWindow(5), "sees 4 tokens to the left and 0 to the right"),
         (SlidingWindow(4, right=1), "sees 3 tokens to the left and 1 to the right"),
+        (Causal() & (SlidingWindow(4) | FirstTokens(2)), "0 to the right: use AllGatherAttention"),
     ],
 )
 @spmd(ranks=2)

@@ -110,11 +110,16 @@ class HaloAttention(AllGatherAttention):
     ) -> KeyExchangeMetadata:
         left, right = intervals.reach()
         if left >= self.window or right > self.right:
+            remedy = (
+                f"give it `& SlidingWindow({self.window})`, widen the halo to window={left + 1}, "
+                f"right={right} (of a plan for images: a longest_vision_block of {right + 1}), or "
+                f"use AllGatherAttention"
+            )
+            if intervals.per_token > 1:
+                remedy = "use AllGatherAttention or RingAttention, which bring what lies apart, too"
             raise ValueError(
                 f"{self} brings what a window sees, got a mask that sees {left} tokens to the "
-                f"left and {right} to the right: give it `& SlidingWindow({self.window})`, widen "
-                f"the halo to window={left + 1}, right={right} (of a plan for images: a "
-                f"longest_vision_block of {right + 1}), or use AllGatherAttention."
+                f"left and {right} to the right: {remedy}."
             )
         return all_gather_metadata(
             layout,
