@@ -85,6 +85,10 @@ class ModuleTrial:
         """Whether it makes a row of its tokens' hidden states alone, and no token sees that."""
         if len(self.calls) != 1 or not isinstance(self.model_out, Mapping):
             return False
+        # In a tuple, no name tells those of rows from those of tokens.
+        of_rows = [x for x in _numbers(self.model_out) if self.seq_len not in x.shape]
+        if len(of_rows) > len(self.of_rows()[0]):
+            return False
         args, kwargs, out = self.calls[0]
         given, gave = tensors((args, kwargs)), _numbers(out)
         if len(given) != 1 or given[0].shape[:-1] != self.ids.shape or not gave:

@@ -196,6 +196,20 @@ def test_pooled_rows_that_reach_tokens_are_refused_by_name():
     assert said.startswith("pooler (FirstToken): tokens meet in it")
 
 
+class InATuple(TwoPools):
+    def forward(self, input_ids=None, position_ids=None, attention_mask=None, **kwargs):
+        out = super().forward(input_ids, position_ids, attention_mask, **kwargs)
+        return SequenceClassifierOutput(logits=out.logits, hidden_states=(2 * out.logits,))
+
+
+def test_outputs_of_rows_in_a_tuple_are_refused_by_name():
+    """What was made of them had its gradients once per rank."""
+    model = two_pools(lambda model, hidden, first: model.value(first))
+    model.__class__ = InATuple
+    (said, *_) = survey(model).refused
+    assert said.startswith("InATuple: gives outputs of shapes [(1, 1), (1, 1)]"), said
+
+
 class Doubled(LlamaModel):
     def forward(self, *args, **kwargs):
         out = super().forward(*args, **kwargs)
