@@ -125,9 +125,12 @@ def is_name(key: str) -> bool:
 
 
 def matches(name: str, key: str) -> bool:
-    """Whether a plan key names a module: part by part, each part a pattern, as torch reads it."""
+    """Whether a plan key names a module: part by part, each part a pattern, as torch reads it.
+
+    No pattern names the model itself, whose name is empty.
+    """
     parts, patterns = name.split("."), key.split(".")
-    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
+    return name != "" and len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
 
 def _check_router_losses(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -21,6 +21,13 @@ def packet_of(op: OpOverload) -> Any:
     return op._overloadpacket
 
 
+def namespace_of(func: Any) -> str:
+    """Of torch.ops.<namespace>.<name>, which has no public type; empty of others (2.11-2.15)."""
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        return func._qualified_op_name.partition("::")[0]
+    return func.namespace if isinstance(func, OpOverload) else ""
+
+
 @cache
 def argument_names(op: OpOverload) -> tuple[str, ...]:
     """Of an op's schema, which has no public reader (2.11-2.15); it makes its arguments anew."""

@@ -24,7 +24,7 @@ from dtcp._torch.autograd import (
     run_backward,
 )
 from dtcp._torch.compiler import assert_in_graph
-from dtcp._torch.ops import OpOverload, overload_of
+from dtcp._torch.ops import OpOverload, namespace_of, overload_of
 from dtcp.distributed.dtensor_rules import SEQ
 from dtcp.sdpa.arguments import SDPA_SEQ
 from dtcp.sdpa.sequence_layout import sequence_layout
@@ -49,10 +49,8 @@ def _question(name: str) -> OpOverload:
 
 
 FLEX_ATTENTION = torch.ops.higher_order.flex_attention
-_FLEX_REFUSED = (
-    "Attention in this context is F.scaled_dot_product_attention's, got flex_attention, which "
-    "would see this rank's tokens alone: call that function, or use SoftmaxAttention with a Mask."
-)
+OTHER_ATTENTION = ("torch_attn", "flash_attn", "flash_attn_2_cuda", "flash_attn_3")
+"""Namespaces of torch's varlen_attn and of the flash-attn packages."""
 
 _LAYOUT, _ATTENDED, _CAUSAL = (_question(f"ask_{x}") for x in ("layout", "attended", "causal"))
 
@@ -115,9 +113,10 @@ class local_shards(sequence_layout):
 
     def __enter__(self) -> Self:
         # Traced code takes, in evaluation, torch's fused encoder layer, and no mode sees that.
+        entered = super().__enter__()
         self.fast_paths.append(torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
-        return super().__enter__()
+        return entered
 
     def __exit__(self, *raised: Any) -> None:
         torch.backends.mha.set_fastpath_enabled(self.fast_paths.pop())
@@ -142,7 +141,9 @@ class local_shards(sequence_layout):
         if func is Tensor.backward:
             return self._backward(*args, **(kwargs or {}))
         if func is FLEX_ATTENTION:
-            raise ValueError(_FLEX_REFUSED)
+            raise _sees_shard("flex_attention")
+        if namespace_of(func) in OTHER_ATTENTION:
+            raise _sees_shard(f"{func}")
         if func is Tensor.unflatten:
             # Dynamo (2.13) cannot trace, inside a mode, the method's call of its C parent.
             return torch.unflatten(*args, **(kwargs or {}))
@@ -212,6 +213,14 @@ class local_shards(sequence_layout):
             assert_in_graph(verdict, "an attention mask that is_causal does not say")
             return True
         return bool(verdict)
+
+
+def _sees_shard(function: str) -> ValueError:
+    return ValueError(
+        f"Attention in this context is F.scaled_dot_product_attention's, got {function}, which "
+        f"would see this rank's tokens alone: call that function, or use SoftmaxAttention with a "
+        f"Mask."
+    )
 
 
 def _check_recomputed() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import distributed as dist
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.varlen import varlen_attn
 from torch.testing import assert_close
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
@@ -236,6 +237,16 @@ def test_flex_attention_in_the_context_is_refused(mesh, compiled):
     with in_context, error:
         attend(x, x, x)
     assert attend(x, x, x).shape == x.shape
+
+
+@compiled_or_not
+@spmd(ranks=2)
+def test_attention_of_varlen_kernels_in_the_context_is_refused(mesh, compiled):
+    attend = torch.compile(varlen_attn, backend="aot_eager") if compiled else varlen_attn
+    x, bounds = torch.randn(8, 2, 16), torch.tensor([0, 8], dtype=torch.int32)
+    error = pytest.raises(Exception, match=r"got torch_attn\._varlen_attn, which would see")
+    with create_context_parallel_ctx(mesh, [torch.zeros(1, 16)], [1], set()), error:
+        attend(x, x, x, bounds, bounds, 8, 8)
 
 
 @spmd(ranks=(2, 3))

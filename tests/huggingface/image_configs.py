@@ -1,6 +1,6 @@
 """Tiny configs of language models that read images."""
 
-from dtcp.huggingface.small_sizes import FAMILIES
+from dtcp.huggingface.small_sizes import BY_MODEL_TYPE
 from tests.harness.hf_models import SHAPE, WINDOWS
 from tests.huggingface.test_picked_latents import SMALL as PICKING
 
@@ -77,7 +77,7 @@ CONFIGS = {
     "qwen4_exp": {
         "text_config": {
             **SHAPE,
-            **FAMILIES["qwen4_exp_text"],
+            **BY_MODEL_TYPE["qwen4_exp_text"],
             "layer_types": ["linear_attention", "indexed_attention"],
             **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
             "linear_num_key_heads": 2,
@@ -131,7 +131,7 @@ CONFIGS = {
     "minimax_m3_vl": {
         "text_config": {
             **SHAPE,
-            **FAMILIES["minimax_m3_vl_text"],
+            **BY_MODEL_TYPE["minimax_m3_vl_text"],
             **dict.fromkeys(("dense_intermediate_size", "shared_intermediate_size"), 48),
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
@@ -153,7 +153,7 @@ CONFIGS = {
         "text_config": {
             **SHAPE,
             **{key: x for key, x in PICKING.items() if key != "first_k_dense_replace"},
-            **FAMILIES["glm5_next_text"],
+            **BY_MODEL_TYPE["glm5_next_text"],
             "qk_rope_head_dim": 0,
             "index_kpool": 3,
             "linear_num_heads": 4,
@@ -180,7 +180,7 @@ CONFIGS = {
         "text_config": {
             **SHAPE,
             **PICKING,
-            **FAMILIES["mistral_large4_text"],
+            **BY_MODEL_TYPE["mistral_large4_text"],
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
         },
         "vision_config": {**VISION, **LAYERS, "model_type": "pixtral", "head_dim": 8},

@@ -70,6 +70,8 @@ def launch_but(work, second):
         child.join()
     os.fork = fork
 
+# A job in a shell's background is started deaf to it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Errors in their places; and the launcher's own choice of threads. Unbuffered, a line's end is a
 # write of its own, and the lines of two ranks run together.
 os.dup2(sys.stdout.fileno(), sys.stderr.fileno())
