@@ -27,7 +27,7 @@ from dtcp._torch.compiler import assert_in_graph
 from dtcp._torch.ops import OpOverload, namespace_of, overload_of
 from dtcp.distributed.dtensor_rules import SEQ
 from dtcp.sdpa.arguments import SDPA_SEQ
-from dtcp.sdpa.sequence_layout import sequence_layout
+from dtcp.sdpa.sequence_layout import sees_shard, sequence_layout
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.style import AttentionStyle
@@ -141,9 +141,9 @@ class local_shards(sequence_layout):
         if func is Tensor.backward:
             return self._backward(*args, **(kwargs or {}))
         if func is FLEX_ATTENTION:
-            raise _sees_shard("flex_attention")
+            raise sees_shard("flex_attention")
         if namespace_of(func) in OTHER_ATTENTION:
-            raise _sees_shard(f"{func}")
+            raise sees_shard(f"{func}")
         if func is Tensor.unflatten:
             # Dynamo (2.13) cannot trace, inside a mode, the method's call of its C parent.
             return torch.unflatten(*args, **(kwargs or {}))
@@ -213,14 +213,6 @@ class local_shards(sequence_layout):
             assert_in_graph(verdict, "an attention mask that is_causal does not say")
             return True
         return bool(verdict)
-
-
-def _sees_shard(function: str) -> ValueError:
-    return ValueError(
-        f"Attention in this context is F.scaled_dot_product_attention's, got {function}, which "
-        f"would see this rank's tokens alone: call that function, or use SoftmaxAttention with a "
-        f"Mask."
-    )
 
 
 def _check_recomputed() -> None:

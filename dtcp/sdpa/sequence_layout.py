@@ -4,7 +4,7 @@ It sees the call before autograd and puts our op in its place, so backward needs
 a model that kept torch's function under a name of its own is served like any other.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -29,6 +29,36 @@ from dtcp.softmax.inputs import AttentionInputs
 from dtcp.softmax.mixer import SoftmaxAttention
 from dtcp.softmax.ring import RingAttention
 from dtcp.softmax.style import AttentionStyle
+
+NAMES_OF_ATTENTION = (
+    "scaled_dot_product_attention",
+    "_scaled_dot_product_attention_math",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+    "_flash_attention_forward",
+    "_efficient_attention_forward",
+    "_cudnn_attention_forward",
+    "_triton_scaled_dot_attention",
+    "_triton_multi_head_attention",
+    "_native_multi_head_attention",
+    "_transformer_encoder_layer_fwd",
+)
+
+
+def _forms(name: str) -> Iterator[Any]:
+    """An op as it may be called: all overloads, one of them, or torch's function."""
+    if packet := getattr(torch.ops.aten, name, None):  # not in every torch
+        yield packet
+        yield from (getattr(packet, overload) for overload in packet.overloads())
+    if function := getattr(torch, name, None):
+        yield function
+
+
+OPS_OF_ATTENTION = frozenset(form for name in NAMES_OF_ATTENTION for form in _forms(name))
+"""torch's own, which know no layouts. A set, for dynamo reads no names of functions (2.13)."""
 
 
 class sequence_layout(TorchFunctionMode):
@@ -95,6 +125,10 @@ class sequence_layout(TorchFunctionMode):
                 return self._attend(*args, **kwargs)
         if func is MULTI_HEAD_ATTENTION and self._is_sharded(args[0], seq_dim=0):
             return attend_by_heads(self._attend, *args, **kwargs)
+        if func in OPS_OF_ATTENTION:
+            for x in (*args, *kwargs.values()):
+                if isinstance(x, Tensor) and self._is_sharded(x):
+                    raise sees_shard(func.__name__)
         return func(*args, **kwargs)
 
     def _is_sharded(self, query: Tensor, seq_dim: int = SDPA_SEQ) -> bool:
@@ -147,3 +181,12 @@ class sequence_layout(TorchFunctionMode):
         metadata, sizes = self.metadata[is_causal], self.group_sizes
         x = AttentionInputs(q, k, v)
         return self.op(x, metadata, softmax, groups=self.groups, group_sizes=sizes)
+
+
+def sees_shard(function: str) -> ValueError:
+    """What a context says of attention that it cannot carry out."""
+    return ValueError(
+        f"Attention in this context is F.scaled_dot_product_attention's, got {function}, which "
+        f"would see this rank's tokens alone: call that function, or use SoftmaxAttention with a "
+        f"Mask."
+    )

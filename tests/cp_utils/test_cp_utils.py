@@ -249,6 +249,32 @@ def test_attention_of_varlen_kernels_in_the_context_is_refused(mesh, compiled):
         attend(x, x, x, bounds, bounds, 8, 8)
 
 
+OPS_BY_NAME = {
+    "packet": torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+    "overload": torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    "function": torch._scaled_dot_product_attention_math,
+    "composite": torch.ops.aten.scaled_dot_product_attention,
+}
+
+
+# Dynamo (2.13) asks no mode about the function under torch itself.
+@pytest.mark.parametrize(
+    ("form", "compiled"),
+    [(form, c) for form in OPS_BY_NAME for c in (False, True) if (form, c) != ("function", True)],
+)
+@spmd(ranks=2)
+def test_ops_of_attention_called_by_name_in_the_context_are_refused(mesh, form, compiled):
+    def call(x):
+        return OPS_BY_NAME[form](x, x, x)
+
+    attend = torch.compile(call, backend="aot_eager") if compiled else call
+    x = torch.randn(1, 2, 16, 8)
+    error = pytest.raises(Exception, match=r"got _?scaled_dot_product_\w+(.default)?, which would")
+    with create_context_parallel_ctx(mesh, [torch.zeros(1, 16)], [1], set()), error:
+        attend(x)
+    attend(x)
+
+
 @spmd(ranks=(2, 3))
 def test_batch_comes_back_padded_and_consistent(mesh, ranks):
     """Whole again, every key is what it was, and padding what it should be."""

@@ -238,6 +238,15 @@ def test_attention_inside_a_layout_with_heads_on_another_axis(mesh, compiled):
     assert_equals_one_device(inside, mesh, [Shard(2), Shard(1)], order=order)
 
 
+@spmd(ranks=2)
+def test_ops_of_attention_called_by_name_inside_a_layout_are_refused(mesh):
+    """The op's own rule takes shards for contiguous: head-tail's tokens would mask each other."""
+    q, k, v, _ = sharded(whole_inputs(), mesh, [Shard(2)])
+    error = pytest.raises(ValueError, match="got _scaled_dot_product_flash_attention_for_cpu")
+    with sequence_layout(HeadTail(SEQ_LEN, 2), mesh), error:
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @spmd(ranks=2)
 def test_attention_inside_a_layout_heeds_documents(mesh, causal):
