@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from dtcp.cp_utils import _shard_thd_chunk_for_te, make_cp_batch_and_ctx, make_cp_batch_for_te
 from dtcp.sequence.masks import Bidirectional, Causal
 from dtcp.softmax import AllGatherAttention, RingAttention
-from dtcp.thd import partition_indices, to_thd
+from dtcp.thd import partition_indices, thd_layout, to_thd
 from dtcp.thd_attention import PackedAttention
 from tests.harness import reference
 from tests.harness.spmd import spmd
@@ -174,6 +174,11 @@ def test_bad_batches_are_refused(mesh):
     for key in ("labels", "seq_lens", "seq_lens_padded"):
         with pytest.raises(KeyError, match=key):
             make_cp_batch_for_te(mesh, {k: x for k, x in rows().items() if k != key})
+
+
+def test_slots_that_leave_tokens_out_are_refused():
+    with pytest.raises(ValueError, match="got 24 tokens in slots, of 32: lengthen the last one"):
+        thd_layout([0, 8, 24], 32, 2)
 
 
 @pytest.mark.parametrize("axes", [(), (3,)])

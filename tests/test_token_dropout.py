@@ -183,6 +183,9 @@ def test_a_batch_without_keys_and_other_tokens_are_refused():
         model.last(x[:, :47], batch_metadata(model, Documents(LENGTHS, 48)))
     with pytest.raises(ValueError, match=r"got p=1.5"):
         TokenDropout(1.5)
+    model.last.width, model.last.tp_size = 16, 2
+    with pytest.raises(ValueError, match=r"got 12 of 16 on one of 2 ranks: set p=0\.6 to 0"):
+        model.last(x[..., :12], batch_metadata(model, Documents(LENGTHS, 48)))
 
 
 @spmd(ranks=2)

@@ -14,7 +14,7 @@ from torch import Tensor
 from dtcp.sequence.arguments import check_ints, check_tensor
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import SequenceLayout, check_tuple_of_ints, shared_lengths
+from dtcp.sequence.layout import SequenceLayout, check_divides, check_tuple_of_ints, shared_lengths
 from dtcp.sequence.mask_work import MaskWork
 from dtcp.sequence.masks import Causal
 from dtcp.sequence.partition import Partition, Run, joined_runs
@@ -90,13 +90,9 @@ class BlockBalanced(SequenceLayout):
         """Balance `work`, or that of a causal mask inside each document."""
         shared_lengths(cls, documents)
         check_ints(cls.__name__, least=1, num_shards=num_shards)
+        check_divides(cls, documents.seq_len, num_shards, num_shards)
         seq_len, per_shard = documents.seq_len, documents.seq_len // num_shards
         block = gcd(per_shard, max(1, min(cls.largest_block, per_shard // cls.blocks_per_shard)))
-        if not block:
-            raise ValueError(
-                f"{cls.__name__} gives every rank a token at least, got num_shards={num_shards} "
-                f"with documents.seq_len={seq_len}: use fewer ranks, or longer rows."
-            )
         if work is None:
             work = MaskWork(((Causal(), 1),), Coords.of(Documents(documents.lengths[:1], seq_len)))
         if isinstance(work, MaskWork) and work.in_runs:

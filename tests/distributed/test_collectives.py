@@ -286,6 +286,10 @@ def test_misuse_is_refused(mesh):
         collectives.halo(x, Contiguous(8, 2), mesh, left=1, right=0)
     with pytest.raises(ValueError, match=r"for each of 3 ranks, .* on 2 ranks"):
         collectives.halo(x, Contiguous(9, 3), mesh, left=1, right=0)
+    with pytest.raises(TypeError, match=r"one of a layout, got layout=.*Contiguous.*an instance"):
+        collectives.halo(x, Contiguous, mesh, left=1, right=0)
+    with pytest.raises(TypeError, match=r"got send=\(1, 2\), receive=\[1, 0\]: give a list of 2"):
+        collectives.all_to_all(x, mesh, receive=[1, 0], send=(1, 2))
 
 
 @spmd(axes={"dp": 2, "cp": 2})

@@ -192,6 +192,10 @@ def test_misuse_is_refused(mesh):
     x = torch.ones(1, 4)
     with pytest.raises(ValueError, match="num_shards=4 on a mesh of 2 ranks"):
         shard(x, Contiguous(4, 4), mesh)
+    with pytest.raises(TypeError, match=r"sharded by a layout, got layout=.*an instance"):
+        shard(x, Contiguous, mesh)
+    with pytest.raises(TypeError, match=r"from one layout to another, got .*of type .*an instance"):
+        relayout(x, Contiguous(8, 2), HeadTail, mesh)
     with pytest.raises(ValueError, match=r"shard of 8 tokens .* x.shape=\(1, 4\), dim=1"):
         gather(x, Contiguous(16, 2), mesh)
     with pytest.raises(ValueError, match=r"source=Contiguous.seq_len=8.* one sequence and mesh"):

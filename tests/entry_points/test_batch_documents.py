@@ -110,6 +110,7 @@ def test_every_usual_way_gives_the_documents(way):
         ({"cu_seqlens": [0.0, 8.0]}, "cu_seqlens.dtype=torch.float32"),
         ({"cu_seqlens": "08"}, "cu_seqlens of type str"),
         ({"max_length_q": 4, "seq_lens": [[8], [4]]}, "max_length_q=4 with a document of 8"),
+        ({"max_length_q": torch.zeros(0, dtype=torch.int64)}, "max_length_q is a number, got"),
     ],
     ids=lambda value: f"A11-{next(iter(value))}" if isinstance(value, dict) else "",
 )

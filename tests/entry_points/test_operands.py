@@ -104,6 +104,9 @@ def test_operands_of_recurrent_mixers_fit_together_on_every_rank_A2(mesh):
     x = torch.randn(2, 12, 4)
     refused("so many taps per channel", lambda: conv(x, torch.randn(4, 4), metadata))
     refused("so many taps per channel", lambda: conv(x, torch.randn(3, 3), metadata))
+    taps = torch.randn(4, 3)
+    match = r"adds one number to each channel, got bias.shape=\(3,\)"
+    refused(match, lambda: conv(x, taps, metadata, bias=torch.zeros(3)))
 
 
 @spmd(ranks=2)

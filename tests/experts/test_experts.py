@@ -12,7 +12,7 @@ from dtcp.distributed.ledger import count_traffic
 from dtcp.experts import op
 from dtcp.experts.expected_moves import ExpertSizes, expected_moves
 from dtcp.models.moe import Experts
-from dtcp.parallelize.experts import ExpertParallel
+from dtcp.parallelize.experts import ExpertParallel, ExpertTensorParallel
 from tests.distributed.test_moves import Stated
 from tests.harness.spmd import spmd
 from tests.kernels.test_grouped_linear import gated, gradients, one_by_one
@@ -269,5 +269,6 @@ def test_experts_ops_move_what_they_say_and_what_is_expected(mesh, ranks_per_nod
 def test_experts_that_ep_does_not_divide_are_refused(mesh):
     with pytest.raises(ValueError, match=r"num_experts=8 with ep=3: choose"):
         parallelize_module(Experts(DIM, HIDDEN, E, gated), mesh, ExpertParallel())
-    with pytest.raises(TypeError, match=r"got a Linear"):
-        parallelize_module(torch.nn.Linear(2, 2), mesh, ExpertParallel())
+    for style in (ExpertParallel(), ExpertTensorParallel()):
+        with pytest.raises(TypeError, match=r"got a Linear"):
+            parallelize_module(torch.nn.Linear(2, 2), mesh, style)

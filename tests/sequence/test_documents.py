@@ -118,8 +118,18 @@ def test_documents_longer_than_their_row_are_refused():
         [-1, -1, 0, 1],
         [1, 1, 0, 1],
         [3, 2, 1, 0],
+        [-1, 1, 2, 3],
     ],
-    ids=["late start", "gap", "jump", "repeat", "left padding", "left padding by ones", "down"],
+    ids=[
+        "late start",
+        "gap",
+        "jump",
+        "repeat",
+        "left padding",
+        "left padding by ones",
+        "down",
+        "early start",
+    ],
 )
 def test_position_ids_that_are_no_documents_are_refused(position_ids):
     with pytest.raises(ValueError, match=r"restart at 0 with each document.*left padding"):

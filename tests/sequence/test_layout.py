@@ -183,6 +183,11 @@ def test_lengths_that_do_not_divide_are_refused():
         Contiguous(0, 2)
     with pytest.raises(ValueError, match="num_shards=0"):
         Contiguous(8, 0)
+    for seq_len in (2, 6):
+        with pytest.raises(
+            ValueError, match=rf"BlockBalanced .* seq_len={seq_len}, .*multiple of 4"
+        ):
+            BlockBalanced.for_batch(Documents.single(1, seq_len), 4)
     with pytest.raises(ValueError, match=r"that fit the sequence, got lengths=\(9,\)"):
         PerDocument(8, 2, (9,))
     with pytest.raises(ValueError, match="whole blocks, got block=3, shard_len=4"):

@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from dtcp.mixer_metadata import batch_metadata
+from dtcp.sequence.coords import documents_of
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.masks import (
     AttentionChunks,
@@ -183,6 +184,24 @@ def test_what_is_not_two_intervals_for_every_token_is_refused(interval, match):
             batch_metadata(SoftmaxAttention(mask), documents)
 
 
+def test_two_intervals_of_a_users_mask_are_those_of_its_rule():
+    """The first token of a document and the token itself, which for the first is the same one."""
+    own = Twice(
+        lambda x: (
+            torch.stack((x.start, torch.maximum(x.token_index, x.start + 1))),
+            torch.stack((x.start, x.token_index)),
+        )
+    )
+    documents = Documents(((5, 2),), 8)
+    q, k, v = torch.randn(3, 1, 8, 1, 4, dtype=torch.float64, requires_grad=True).unbind(0)
+    mixer = SoftmaxAttention(own)
+    out = mixer(q, k, v, batch_metadata(mixer, documents))[0, :, 0]
+    for token, keys in enumerate([[0], [0, 1], [0, 2], [0, 3], [0, 4], [5], [5, 6]]):
+        weight = (k[0, keys, 0] @ q[0, token, 0] / 2).softmax(0)
+        assert_close(out[token], weight @ v[0, keys, 0])
+    assert not out[7].any()
+
+
 @pytest.mark.parametrize("count", [0, 2.0, True, None])
 def test_a_mask_of_no_number_of_intervals_is_refused(count):
     class Miscounted(Causal):
@@ -251,6 +270,14 @@ def test_coordinate_of_another_shape_is_refused(name):
     extra = torch.zeros(1, 4, dtype=torch.int64)
     with pytest.raises(ValueError, match=rf"one {name} per token.*\(1, 4\).*\(1, 8\)"):
         Coords.of(Documents.single(1, 8), **{name: extra})
+
+
+def test_coordinates_are_of_a_row_at_least_and_documents_of_whole_rows():
+    with pytest.raises(ValueError, match=r"at least one row, got Documents\(lengths=\(\)"):
+        Coords.of(Documents((), 8))
+    some = Coords.of(Documents(((3, 5),), 8)).select(torch.arange(4))
+    with pytest.raises(ValueError, match="got coords without documents: take"):
+        documents_of(some)
 
 
 def test_coords_at_slots_take_every_field():

@@ -7,7 +7,7 @@ import torch
 
 from dtcp.distributed.same_rows import RowHashes
 from dtcp.rows import DEFAULT_FIELDS, Rows
-from dtcp.sequence.documents import Documents
+from dtcp.sequence.documents import Documents, restarts
 from dtcp.sequence.restarts import check_restarts
 from tests.sequence.test_document_balanced import a_row
 
@@ -128,3 +128,16 @@ def test_position_ids_that_follow_from_documents_are_not_compared_again():
     through = {**batch, "position_ids": torch.arange(8)[None]}
     rows = Rows.of(through, DEFAULT_FIELDS, documents)
     assert rows.counted == (False, True)
+
+
+def test_a_restart_counts_unless_it_or_the_token_before_it_is_padding_in_every_row():
+    """Of one row of position ids, which stands for all."""
+    ids, none, before = torch.tensor([[0, 1, 2, 0, 1]]), [0, 0, 0, 0, 0], [0, 0, 1, 0, 0]
+    for padding, expected in (
+        ([before, before], False),
+        ([before, [0, 0, 0, 1, 0]], False),
+        ([before, [0, 0, 0, 0, 1]], True),
+        ([before, none], True),
+    ):
+        assert restarts(ids, torch.tensor(padding)) is expected
+        assert restarts(ids.expand(2, -1), torch.tensor(padding)) is expected

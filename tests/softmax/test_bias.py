@@ -421,6 +421,24 @@ def test_bias_of_other_shapes_is_refused():
             mixer(q, q, q, metadata, **{name: x})
     with pytest.raises(TypeError, match="A score bias"):
         mixer(q, q, q, metadata, slope=torch.ones(2, dtype=torch.int64))
+    for sink in (torch.zeros(1, 3, 2), torch.zeros(1, 4, 2, dtype=torch.float64)):
+        with pytest.raises(
+            ValueError, match="sinks of their own have one per head, in their dtype"
+        ):
+            mixer(q, q, q, metadata, sink=sink)
+    with pytest.raises(TypeError, match=r"relative of torch.float64 with q of torch.float32"):
+        mixer(q, q, q, metadata, relative=q.double(), profiles=torch.zeros(8, 3))
+    for relative, profiles in (
+        (q, None),
+        (None, torch.zeros(8, 3)),
+        (q[0], torch.zeros(8, 3)),
+        (q[:, :3], torch.zeros(8, 3)),
+        (q, torch.zeros(7, 3)),
+        (q, torch.zeros(8, 3, 1)),
+        (q, torch.zeros(8, 0)),
+    ):
+        with pytest.raises(ValueError, match=r"give both, relative \[B, L, H, C\]"):
+            mixer(q, q, q, metadata, relative=relative, profiles=profiles)
     cross = CrossAttention()
     metadata = batch_metadata(cross, documents, memory=documents)
     with pytest.raises(ValueError, match="two tokens of one sequence"):

@@ -390,6 +390,11 @@ def test_what_cannot_be_honoured_is_refused(mesh):
         batch_metadata(mixer, Documents(ROWS, SEQ_LEN))
     with pytest.raises(ValueError, match="reads the metadata of its batch"):
         run(mixer, inputs(SPARSE), {})
+    sharded = sharded_for(mixer, mesh, Contiguous)
+    local = Inputs(*(sharded.shard(x) if x.ndim > 2 else x for x in inputs(SPARSE)))
+    local = Inputs(*(x.float() for x in local))._replace(gate=local.gate)
+    with pytest.raises(TypeError, match=r"keys of torch.float32 and tokens of torch.float64"):
+        run(mixer, local, sharded.attn_metadata)
 
 
 @pytest.mark.parametrize(("ratio", "selected"), [(0, None), (4, 0)])
