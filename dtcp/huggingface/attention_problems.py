@@ -19,6 +19,8 @@ HARMLESS = (
 """Arguments of an attention call that repeat what mask, positions and model already say."""
 WRITTEN_AGAIN = ("num_selected", "pooled", "compressed", "relative_bias")
 """Arguments of attention calls in rewritten forwards (own_attention.py)."""
+BY_DISTANCE = ("slope", "relative_bias", *BIASES)
+"""Arguments that add to a score by how far a key is from the query."""
 BY_PADDING = (
     "it says is_causal=False and is handed a causal mask, which transformers leaves out where sdpa "
     "attends and no row is padded, so that queries see both sides in some batches alone: clear "

@@ -18,6 +18,7 @@ from dtcp.huggingface.install import check_has_mixers, model_with_mixers
 from dtcp.huggingface.rotary_lengths import last_position
 from dtcp.huggingface.router_logits import balance_loss_of_batch, balance_weight, is_balanced
 from dtcp.huggingface.row_heads import gives_rows
+from dtcp.huggingface.shared_prompts import with_answers
 from dtcp.huggingface.token_types import without_types
 from dtcp.inference_mode import no_inference_tensors
 from dtcp.labels import check_not_shifted, shift_labels
@@ -213,6 +214,7 @@ def _rows_of(batch: Mapping[str, Any], model: nn.Module, *, for_token_loss: bool
     elif "labels" in rows and getattr(model, "loss_type", None) not in LABELED_IN_PLACE:
         check_not_shifted(rows)
         whole["labels"] = shift_labels(rows["labels"], documents)
+    whole = with_answers(whole, documents, model)
     if getattr(model, "loss_type", None) == "ForQuestionAnswering":
         fields = {**fields, **dict.fromkeys(ANSWER_KEYS, WHOLE)}
     unknown = [key for key in whole if key not in fields and key not in MASK_FIELDS]

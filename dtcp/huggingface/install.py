@@ -37,6 +37,7 @@ from dtcp.huggingface.rotary_lengths import install_rotary_lengths
 from dtcp.huggingface.router_logits import leave_out_own_balance
 from dtcp.huggingface.row_checks import install_row_checks
 from dtcp.huggingface.row_heads import install_row_heads, install_trunk
+from dtcp.huggingface.shared_prompts import let_prompts_be_shared, surveyed_with_prompts
 from dtcp.huggingface.survey import Survey, survey
 from dtcp.huggingface.token_dropouts import install_token_dropouts
 from dtcp.huggingface.token_types import READS_TYPES, check_no_types
@@ -55,20 +56,26 @@ ARGUMENTS = (
 """What a model with mixers may be called with; the last one only to switch it off."""
 
 
-def install_mixers(model: Any) -> Survey:
+def install_mixers(model: Any, *, shared_prompts: bool = False) -> Survey:
     """Make a model attend by mixers, one per attention module; refuse what mixers cannot do.
 
     Parameters keep their names. On one device the model computes what it did before; its forward
     takes `attn_metadata`, and a plan may claim the mixers, `<name of the attention>.dtcp_mixer`.
     So does the forward of every model inside of it (`model.model`), by the same rules.
 
+    Args:
+        shared_prompts: let answers share a prompt in rows that say so (shared_prompts.py).
     Raises:
-        ValueError: the model mixes tokens in a way that cannot be sharded; names the layers.
+        ValueError: the model mixes tokens in a way that cannot be sharded, or in which answers
+            cannot share a prompt; names the layers.
     """
     check_has_no_mixers(model)
     before = {key: x._attn_implementation for key, x in _inner_configs(model)}
     result = survey_on_meta(model) if next(model.parameters()).is_meta else survey(model)
     result.check()
+    if shared_prompts:
+        result = surveyed_with_prompts(model, result)
+        let_prompts_be_shared(model)
     for attention in result.attentions:
         _install_attention(model.get_submodule(attention.name), attention)
     for name in result.own_masks:

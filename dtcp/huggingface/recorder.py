@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtcp.huggingface.attention_problems import BY_PADDING, problems_of
+from dtcp.huggingface.attention_problems import BY_DISTANCE, BY_PADDING, problems_of
 from dtcp.huggingface.block_attention import BLOCK_INDICES
 from dtcp.huggingface.compressed_attention import window_of
 from dtcp.huggingface.metadata_as_mask import mask_argument, mask_index, metadata_of_config
@@ -39,6 +39,7 @@ class SurveyedAttention:
         window: keys that a query reads where keys are values and shared by all heads; else 0.
         compression: how entries are made that it reads beside them; None for the window alone.
         blocks: the class and arguments of the mixer that reads picked blocks of tokens; else empty.
+        by_distance: whether its scores have a bias that goes by distance in the row.
         arguments: those of its calls that must not change (`fixed_arguments`).
     """
 
@@ -52,6 +53,7 @@ class SurveyedAttention:
     window: int = 0
     compression: Compression | None = None
     blocks: tuple[type[SparseBlockAttention], *tuple[int, ...]] | tuple[()] = ()
+    by_distance: bool = False
     arguments: tuple[Any, ...] = ()
 
     def mixer(self) -> Mixer:
@@ -217,6 +219,7 @@ class Recorder:
             sink=arguments.get("s_aux") is not None,
             cross=cross,
             num_selected=arguments.get("num_selected") or 0,
+            by_distance=any(arguments.get(key) is not None for key in BY_DISTANCE),
             arguments=fixed_arguments(arguments),
         )
         compressed = arguments.get("compressed")

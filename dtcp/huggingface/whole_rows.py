@@ -7,6 +7,7 @@ own tokens, to be summed over cp as FSDP does.
 
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from dtcp.huggingface.attend_by_name import CACHES
 from dtcp.huggingface.batch import LABELED_IN_PLACE, prepare_hf_batch, shard_hf_batch
 from dtcp.huggingface.documents import documents_of_hf_batch
 from dtcp.huggingface.encoder_decoder import encoder_name
+from dtcp.huggingface.grouped_rows import GroupedRows, grouped_rows
 from dtcp.huggingface.images import IMAGES
 from dtcp.huggingface.install import model_with_mixers
 from dtcp.huggingface.left_padding import left_padding, moved_back, moved_to_right
@@ -30,6 +32,7 @@ from dtcp.huggingface.prefetched_rows import PrefetchedRows
 from dtcp.huggingface.rotary_lengths import goes_by_length
 from dtcp.huggingface.router_logits import balance_loss_of_batch, balance_weight, is_balanced
 from dtcp.huggingface.row_heads import gives_rows
+from dtcp.huggingface.shared_prompts import check_counted_once, shares_prompts
 from dtcp.inference_mode import no_inference_tensors
 from dtcp.labels import IGNORED, shift_labels
 from dtcp.linear_logits import LinearLogits
@@ -57,7 +60,7 @@ class WholeRows(nn.Module):
     """Calls a model of parallelize_hf with whole rows; one more module around it, as DDP is.
 
     Args:
-        module: of parallelize_hf.
+        module: of parallelize_hf; with shared_prompts=True, rows that begin alike are put together.
         device: where the shards go; None leaves them where the rows are.
         buckets: sizes that rows are padded to.
         label_smoothing, z_loss: parts of the loss, as for token_mean_loss.
@@ -91,6 +94,8 @@ class WholeRows(nn.Module):
         self.label_smoothing, self.z_loss, self.autocast = label_smoothing, z_loss, autocast
         self.temperature, self.entropy_gradient = temperature, entropy_gradient
         self.linear_head = LinearHead(module) if linear_head else None
+        self.shares_prompts = shares_prompts(model_with_mixers(module))
+        """Whether what rows begin with is computed once, as parallelize_hf was asked to."""
         self.gathers_logits = False
         """Whether a call with labels gives logits, too: [B, S, V] on every rank."""
         self.gave_share = False
@@ -100,9 +105,10 @@ class WholeRows(nn.Module):
     def prepare_ahead(self, rows: Mapping[str, Any]) -> None:
         """Shard rows in a thread, before the model is called with them; on the host.
 
-        A call with these very tensors then finds them ready. Rows of two sequences are left to it.
+        A call with these very tensors then finds them ready. Rows of two sequences are left to it,
+        and so are rows that may share prompts.
         """
-        if not encoder_name(model_with_mixers(self.module)):
+        if not self.shares_prompts and not encoder_name(model_with_mixers(self.module)):
             self._prefetched.start(_read(rows))
 
     def forward(
@@ -164,10 +170,10 @@ class WholeRows(nn.Module):
             as_long = goes_by_length(self.module)
             given = batch["labels"].shape[1]
             batch = moved_to_right(batch, padding, as_long=as_long)
-        local, sharded = self._shards(batch)
+        said = is_balanced(self.module) if output_router_logits is None else output_router_logits
+        local, sharded, grouped = self._shards(batch, balanced=said)
         targets = local.pop("labels", None)
         local.pop("padding_mask", None)
-        said = is_balanced(self.module) if output_router_logits is None else output_router_logits
         asked = {"output_router_logits": True} if said and targets is not None else {}
         head = None if numbers or targets is None else self._head()
         with self._autocast(), nullcontext() if head is None else head.hold():
@@ -176,10 +182,12 @@ class WholeRows(nn.Module):
             return self._outputs_of_rows(self._given(out.logits)[: sharded.unpadded_rows], targets)
         self.gave_share = items is not None and not numbers
         if targets is None:
-            return RowOutputs(logits=self._given(_whole_logits(out.logits, sharded)))
+            return RowOutputs(logits=self._whole_logits(out.logits, sharded, grouped))
         aux = self._balance(out.router_logits, sharded) if asked else None
         if numbers:
             outputs = RowOutputs(self._numbers(out.logits, targets, sharded))
+            if grouped is not None:
+                outputs = RowOutputs({k: grouped.restored(x)[:, :-1] for k, x in outputs.items()})
             mask = _has_next_token(batch.pop("labels"), batch)
             outputs["label_mask"] = on_device(mask, out.logits.device)
             if padding is not None:
@@ -188,15 +196,27 @@ class WholeRows(nn.Module):
             logits = out.logits if head is None else head.logits(out.logits)
             outputs = RowOutputs(loss=self._loss(logits, targets, items, aux))
             if self.gathers_logits:
-                outputs["logits"] = self._given(_whole_logits(out.logits, sharded))
+                outputs["logits"] = self._whole_logits(out.logits, sharded, grouped)
         if aux is not None:
             outputs["aux_loss"] = aux
         return outputs
 
-    def _shards(self, rows: Mapping[str, Any]) -> tuple[dict[str, Tensor], ShardedBatch]:
+    def _shards(
+        self, rows: Mapping[str, Any], *, balanced: bool
+    ) -> tuple[dict[str, Tensor], ShardedBatch, GroupedRows | None]:
         options: dict[str, Any] = {"device": self.device, "buckets": self.buckets}
-        options["prepared"] = self._prefetched.take(rows)
-        return shard_hf_batch(rows, self.mesh, self.layout, model=self.module, **options)
+        grouped = cache(lambda: grouped_rows(rows) if self.shares_prompts else None)
+
+        def put_together() -> PreparedBatch:
+            check_counted_once(self.module, balanced=balanced)
+            found = grouped()
+            return self._prepared(rows if found is None else found.rows)
+
+        taken = self._prefetched.take(rows)
+        # Not before: what one rank refuses in it, the others hear of.
+        options["prepared"] = put_together if self.shares_prompts else taken
+        batch = shard_hf_batch(rows, self.mesh, self.layout, model=self.module, **options)
+        return *batch, grouped()
 
     def _prepared(self, rows: Mapping[str, Any]) -> PreparedBatch:
         arguments = (rows, self.mesh, self.layout)
@@ -212,6 +232,12 @@ class WholeRows(nn.Module):
     def _given(self, logits: Tensor) -> Tensor:
         """Logits as a loop gets them: in fp32 where autocast has narrowed them."""
         return logits if self.autocast is None else logits.float()
+
+    def _whole_logits(
+        self, logits: Tensor, sharded: ShardedBatch, grouped: GroupedRows | None
+    ) -> Tensor:
+        whole = _gathered_logits(logits, sharded)
+        return self._given(whole if grouped is None else grouped.restored(whole))
 
     def _head(self) -> LinearHead | None:
         return None if self.gathers_logits else self.linear_head
@@ -327,7 +353,7 @@ def _has_next_token(labels: Any, rows: dict[str, Any]) -> Tensor:
     return shift_labels(labels, documents_of_hf_batch(rows))[:, :-1] != IGNORED
 
 
-def _whole_logits(logits: Tensor, sharded: ShardedBatch) -> Tensor:
+def _gathered_logits(logits: Tensor, sharded: ShardedBatch) -> Tensor:
     """Logits [B, S, V] of local ones, for a loss that all ranks of the group compute alike."""
     if isinstance(logits, DTensor):
         whole = logits.redistribute(placements=[Replicate()] * logits.device_mesh.ndim)

@@ -88,26 +88,26 @@ def parallelize_hf(
     compile: Compile | None = None,
     fsdp: FSDP = PLAIN_FSDP,
     expert_exchange: str = "auto",
+    shared_prompts: bool = False,
 ) -> Any:
     """Put an unmodified model of transformers on FSDP x TP x CP, in place.
 
     Batches come from shard_hf_batch, and the loss is token_mean_loss: gradients are sums over
-    ranks, and under tp a language model's logits are a DTensor sharded in the vocabulary. A head
-    that gives one output per row (of its last token, a mean) gives it on every rank of cp.
+    ranks, and under tp a language model's logits are a DTensor sharded in the vocabulary. A head of
+    rows (of the last token, a mean) gives its outputs on every rank of cp.
 
     Args:
         model: on a real device, with its weights; or on the meta device: load_hf follows. Or a
             PeftModel around one, whose adapters are sharded beside the layers that they adapt.
         attention: the strategy of every attention module, or a function of the module's name;
-            None for `default_attention`: a ring on hosts, one call over all keys on GPUs.
-            Layers of multi-head latent attention (DeepSeek, Kimi) exchange latents by
-            RingAttention, AllGatherAttention and HaloAttention, and by others the keys and values
-            that are made of them. Layers whose tokens an indexer picks (DeepSeek-V3.2, GLM-5) are
-            carried out by SparseLatentCP, those with compressed entries (DeepSeek-V4) by
-            CompressedSparseCP, with the options of RingAttention or AllGatherAttention.
+            None for `default_attention`. Layers of multi-head latent attention exchange latents by
+            RingAttention, AllGatherAttention and HaloAttention, and by others keys and values made
+            of them. Given one of the first two, SparseLatentCP carries out layers whose tokens an
+            indexer picks (DeepSeek-V3.2), CompressedSparseCP those with entries (V4).
         expert_exchange: what carries tokens on a mesh with an axis ep, as of ExpertParallel.
+        shared_prompts: let WholeRows, and so trainers, compute once what several rows begin with.
     Raises:
-        ValueError: what no mixer here does, by layer; or weights that differ between ranks.
+        ValueError: what no mixer here does, by layer; weights that differ between ranks.
     """
     check_kind("parallelize_hf", nn.Module, model=model)
     check_parallel_mesh("parallelize_hf", mesh)
@@ -122,7 +122,7 @@ def parallelize_hf(
         _check_device_of_quantized(model, mesh)
     _check_same_weights(model, mesh)
     with refused_alike("A model is sharded", mesh.device_mesh):
-        survey = install_mixers(model)
+        survey = install_mixers(model, shared_prompts=shared_prompts)
     _keep_quantized_whole(outer, model)
     _make_experts_compilable(model, compile)
     separate_gate_and_up(model)

@@ -38,6 +38,7 @@ from transformers.utils import logging
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from dtcp import Degrees, ParallelMesh
+from dtcp.parallelize import parallelize_hf
 from dtcp.trainers import MeshTrainerMixin
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -285,8 +286,8 @@ def preferences(mesh: ParallelMesh | None, folder: str, **change: Any) -> Any:
     """A preference loss whose reference is computed before training: the model as it starts."""
     pieces = tiny.texts(8)
     rows = {
-        "prompt": [text[:15] for text in pieces],
-        "chosen": [text[15:] for text in pieces],
+        "prompt": [text[:20] for text in pieces],
+        "chosen": [text[20:] for text in pieces],
         "rejected": [text[:5:-1] for text in pieces],
     }
     own = tiny.arguments(mesh, folder) | {"precompute_ref_log_probs": True, "save_strategy": "no"}
@@ -325,6 +326,34 @@ def adapted_preferences(mesh: ParallelMesh | None, folder: str) -> Any:
     """The same of adapters, whose reference is the model without them."""
     lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     return preferences(mesh, folder, peft_config=lora)
+
+
+def rows_read(model: Any) -> list[int]:
+    """The numbers of rows that a model is going to be called with."""
+    found: list[int] = []
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_hook(lambda *its: found.append(len(its[1][0])))
+    return found
+
+
+def shared_preferences(mesh: ParallelMesh | None, folder: str) -> Any:
+    """Answers share their prompts: of a model, and of its reference, then and beforehand."""
+    own = tiny.arguments(mesh, folder) | {"save_strategy": "no", "learning_rate": 1e-3}
+    trainers = []
+    for cached in (False, True):
+        model, reference = (
+            tiny.build("windows", layer_types=["full_attention"] * 2) for _ in range(2)
+        )
+        change: dict[str, Any] = {"model": model, "ref_model": reference}
+        change["args"] = DPOConfig(max_length=96, precompute_ref_log_probs=cached, **own)
+        if mesh is not None:
+            change["place"] = partial(parallelize_hf, shared_prompts=True)
+        rows = [rows_read(each) for each in (model, reference)]
+        trainers.append(preferences(mesh, folder, **change))
+        if mesh is not None and {*chain(*rows)} != {1}:
+            raise SystemExit(f"pairs with one prompt are put into one row each, got {rows}")
+    trainers[0].state.log_history += trainers[1].state.log_history
+    return trainers[0]
 
 
 def unpaired(mesh: ParallelMesh | None, folder: str, *, cached: bool = False) -> Any:
@@ -420,6 +449,7 @@ CASES = {
     "preferences": preferences,
     "many_preferences": many_preferences,
     "adapted_preferences": adapted_preferences,
+    "shared_preferences": shared_preferences,
     "unpaired": unpaired,
     "cached_unpaired": cached_unpaired,
     "two_sequences": two_sequences,

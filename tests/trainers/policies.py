@@ -9,6 +9,7 @@ import os
 import random
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,6 +23,7 @@ from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
 from dtcp import Degrees, ParallelMesh
+from dtcp.parallelize import parallelize_hf
 from dtcp.trainers import MeshTrainerMixin
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -76,6 +78,14 @@ CASES: dict[str, dict[str, Any]] = {
         "asked_at": [0, 2, 4, 6, 8],
     },
     "adapted": {"loss_type": "dapo", "beta": 0.1, "peft_config": LORA},
+    "shared": {
+        "loss_type": "dapo",
+        "beta": 0.1,
+        "entropy_coef": 0.1,
+        "shape": {"layer_types": ["full_attention"] * 2},
+        "least": 24,
+        "place": partial(parallelize_hf, shared_prompts=True),
+    },
 }
 
 
@@ -123,17 +133,19 @@ def trained(case: str, mesh: ParallelMesh | None, folder: Path) -> dict[str, Any
     asked_at = [step for step in change.pop("asked_at", [0, 2, 4, 5]) if step >= 6 or not resumed]
     prompts = change.pop("prompts", 6)
     kind, peft_config = change.pop("kind", "windows"), change.pop("peft_config", None)
+    shape, place = change.pop("shape", {}), change.pop("place", parallelize_hf)
+    texts = tiny.texts(prompts, least=change.pop("least", 4))
     batch = (
         (dist.get_world_size() if dist.is_initialized() else 1)
         if mesh is None
         else (mesh.size("batch"))
     )
-    source = folder / kind.replace(" ", "-")
+    source = folder / "-".join((*kind.split(), *shape))
     if not source.exists():
-        tiny.build(kind).save_pretrained(source)
+        tiny.build(kind, **shape).save_pretrained(source)
     if dist.is_initialized():
         dist.barrier()
-    model = tiny.build(kind, use_cache=False)
+    model = tiny.build(kind, use_cache=False, **shape)
     model.config._name_or_path = str(source)
     own = tiny.arguments(mesh, str(folder / f"{case}-{mesh is None}-{batch}"))
     own |= {"per_device_train_batch_size": 4 // batch, "per_device_eval_batch_size": 4 // batch}
@@ -143,7 +155,7 @@ def trained(case: str, mesh: ParallelMesh | None, folder: Path) -> dict[str, Any
         "model": model,
         "reward_funcs": [odd, short],
         "args": GRPOConfig(max_completion_length=40, **own | change),
-        "train_dataset": Dataset.from_dict({"prompt": tiny.texts(prompts, least=4)}),
+        "train_dataset": Dataset.from_dict({"prompt": texts}),
         "eval_dataset": Dataset.from_dict({"prompt": tiny.texts(2)}),
         "processing_class": tiny.tokenizer(),
         "rollout_func": rollouts,
@@ -155,7 +167,7 @@ def trained(case: str, mesh: ParallelMesh | None, folder: Path) -> dict[str, Any
             trainer = GRPOTrainer(**options)
     else:
         sync = {"sync_weights": lambda trainer: synced.append(sync_weights(trainer))}
-        trainer = MeshGRPOTrainer(**options, mesh=mesh, **sync)
+        trainer = MeshGRPOTrainer(**options, mesh=mesh, place=place, **sync)
     before = weights(trainer.model)
     trainer.train(str(folder / f"whole-False-{batch}" / "checkpoint-6") if resumed else None)
     after = weights(trainer.model)

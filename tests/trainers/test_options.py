@@ -13,6 +13,7 @@ CASES = {
         "preferences",
         "many_preferences",
         "adapted_preferences",
+        "shared_preferences",
         "unpaired",
         "cached_unpaired",
     ),

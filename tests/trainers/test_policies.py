@@ -42,7 +42,7 @@ class MeshGRPOTrainer(MeshTrainerMixin, GRPOTrainer):
     ("peers", "on_mesh"),
     [
         # Every loss over cp, adapters and references too; the loader's part beside dp.
-        (1, {"cp": (*EVERY, "synced", "adapted", *CORRECTED), "cp_tp": ("dapo",)}),
+        (1, {"cp": (*EVERY, "synced", "adapted", "shared", *CORRECTED), "cp_tp": ("dapo",)}),
         (2, {"dp": ("bnpo", "vespo"), "dp_cp": ("unbalanced",)}),
     ],
     ids=["one process", "two processes"],
