@@ -4,10 +4,11 @@ import warnings
 
 import pytest
 from torch import nn
-from torch.distributed.tensor.parallel import ColwiseParallel
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from dtcp.distributed.mesh import Degrees, ParallelMesh
-from dtcp.mixer_plan import apply_plan
+from dtcp.mixer_plan import apply_plan, find
 from dtcp.parallelize import ParallelPlan, parallelize
 from dtcp.parallelize.tensor_parallel import ReplicatedParams
 from dtcp.sequence.masks import Causal
@@ -38,6 +39,28 @@ def test_a_key_that_names_modules_in_some_layers_alone_is_quiet(mesh):
     with warnings.catch_warnings(action="error"):
         apply_plan(model, mesh, {"*.mix": RingAttention()})
     assert model[0]["mix"].style is not None
+
+
+def test_a_key_names_a_module_of_several_parents_by_any_of_its_names():
+    shared = SoftmaxAttention(Causal())
+    model = nn.ModuleDict({"first": shared, "second": shared})
+    for key in model:
+        assert find(model, [key]) == {key: shared}
+    assert find(model, ["*"]) == {"first": shared}
+    with pytest.raises(ValueError, match="key='third', which matches none"):
+        find(model, ["third"])
+
+
+@spmd(ranks=2)
+def test_a_style_that_has_a_mixer_does_not_take_it_over_on_another_mesh(mesh):
+    """On its own it does so once: of a mixer that several parents share."""
+    style, model = RingAttention(), nn.ModuleList([SoftmaxAttention(Causal())])
+    for _ in range(2):
+        parallelize_module(model, mesh, {"0": style})
+    other = DeviceMesh("cpu", [0, 1], mesh_dim_names=("other",))
+    with pytest.raises(TypeError, match=r"that RingAttention\(.* has: .* apply a plan once"):
+        parallelize_module(model, other, {"0": style})
+    assert model[0].mesh == mesh
 
 
 @spmd(ranks=2)

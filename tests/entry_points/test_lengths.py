@@ -245,6 +245,19 @@ def test_numbers_of_rows_in_buckets_are_exact(mesh, case):
             )
 
 
+def test_what_has_one_row_or_none_is_left_alone_where_rows_are_added_A10():
+    one_rank = ParallelMesh(Degrees(), None, *[None] * 7)
+    batch = {
+        "input_ids": torch.ones(3, 8, dtype=torch.int64),
+        "position_ids": torch.arange(8)[None],
+    }
+    local, sharded = shard_batch(batch, one_rank, buckets=Buckets(rows=OneOf((4,))))
+    assert local["input_ids"].shape == (4, 8)
+    assert torch.equal(local["position_ids"], batch["position_ids"])
+    for dim in (0, -1):
+        assert torch.equal(sharded.gather(torch.arange(8), dim=dim), torch.arange(8))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [HeadTail, Contiguous])
 @spmd(ranks=2)

@@ -108,6 +108,14 @@ def test_kinds_of_mixers_do_not_share_metadata_A1():
     assert len(batch_metadata(pair, Documents.single(1, 8))) == 2
 
 
+def test_metadata_of_whole_rows_know_the_last_position():
+    """By which some rotary embeddings choose their frequencies."""
+    mixer, documents = SoftmaxAttention(Causal()), Documents(((3, 5), (2,)), 9)
+    assert batch_metadata(mixer, documents).last_position == 4
+    position_ids = torch.arange(7, 16).expand(2, 9)
+    assert batch_metadata(mixer, documents, position_ids=position_ids).last_position == 15
+
+
 def test_a_field_without_a_hash_is_refused():
     @dataclass(frozen=True)
     class Listed(Mask):

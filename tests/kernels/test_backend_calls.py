@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtcp.kernels.softmax.calls import CallKind, calls_of
+from dtcp.kernels.softmax.calls import Call, CallKind, Span, calls_of
 from dtcp.kernels.softmax.demand import demand_of
 from dtcp.kernels.softmax.libraries.flash4 import block_size
 from dtcp.kernels.softmax.pieces import (
@@ -206,6 +206,13 @@ def test_a_ring_over_one_document_in_head_tail_gives_a_backend_two_plain_calls_a
     assert all(call.kind is CallKind.CAUSAL and call.every_row for call in at_once)
 
 
+def test_calls_are_skewed_where_a_diagonal_has_fewer_queries_than_keys():
+    more, same = Span(0, 4, 0, 8), Span(4, 8, 8, 12)
+    assert Call((more,), None, 0).skewed and Call((same, more), 3, 0).skewed
+    assert not Call((more,), None, None).skewed
+    assert not Call((same,), None, 0).skewed
+
+
 def test_packed_documents_are_one_packed_call_of_a_backend():
     documents = Documents(((20, 1, 1, 12, 30), (5, 40, 10)), 64)
     for mask, kind in ((Causal(), "causal"), (Bidirectional(), "rectangle"), (WINDOW, "window")):
@@ -301,7 +308,10 @@ def test_blocks_are_full_where_all_is_seen_and_listed_where_anything_is(mask_cas
         ]
         whole = cut.shape[1] == blocks[1]
         assert full[row, at_q, at_k] == (bool(cut.all()) and whole)
-        assert not cut.any() or partial[row, at_q, at_k] or full[row, at_q, at_k]
+        # Listed, then, are those from the first key to the last one that a block of queries sees.
+        mine = seen[row, at_q * blocks[0] : (at_q + 1) * blocks[0]].any(0).nonzero().flatten()
+        listed = bool((mine >= at_k * blocks[1]).any() and (mine < (at_k + 1) * blocks[1]).any())
+        assert (partial | full)[row, at_q, at_k] == listed
     for lists, states in (
         (query_blocks(queries, keys, *blocks), (partial, full)),
         (key_blocks(queries, keys, *blocks), (partial.mT, full.mT)),

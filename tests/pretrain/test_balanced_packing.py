@@ -106,6 +106,16 @@ def test_ranks_share_rows_of_about_the_same_work_and_as_many_each():
     assert max(work) * 3 / sum(work) < 1.1
 
 
+def test_a_loader_gives_two_ranks_the_pairs_of_rows_whose_work_is_most_even():
+    ranks = [iter(dealt_loader(4, ranks=2, rank=rank, rows=2)) for rank in range(2)]
+    for _ in range(6):
+        pairs = [next(rank)[0]["documents"].lengths for rank in ranks]
+        work = [[sum(n * (n + 1) // 2 for n in row) for row in pair] for pair in pairs]
+        a, b, c, d = sorted(work[0] + work[1])
+        assert a + b < c + d
+        assert sorted(map(sum, work)) == sorted((a + d, b + c))
+
+
 def test_the_imbalance_of_a_step_is_that_of_its_micro_batches():
     assert largest_work([]) is largest_work([(5,)]) is None
     assert largest_work([(1, 3), (6, 2)]) == pytest.approx((3 + 6) * 2 / 12)

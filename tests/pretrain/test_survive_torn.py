@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dtcp.pretrain.checkpoint_choice import choose
-from dtcp.pretrain.manifest import read_manifest
+from dtcp.pretrain.manifest import read_manifest, record_files
 from dtcp.pretrain.saved_folders import SavedFolders
 from tests.harness.small_run import SmallRun, forge_manifest
 
@@ -367,3 +367,13 @@ def test_torn_E3_any_flipped_byte_is_found(folder):
         shutil.copy(folder / "whole" / file.name, file)
     choice = choose(folders, -1, checksums=True)
     assert choice is not None and choice.manifest.step == 6
+
+
+def test_torn_E3_of_an_export_the_weights_are_recorded_and_a_config_is_not(tmp_path):
+    """Which may be edited by hand."""
+    for name in ("model-1.safetensors", "model.safetensors.index.json", "config.json"):
+        (tmp_path / name).write_text(name)
+    every = record_files(tmp_path)
+    assert {name: record.size for name, record in every.items()} == {x: len(x) for x in every}
+    weights = record_files(tmp_path, ".safetensors", ".safetensors.index.json")
+    assert set(weights) == set(every) - {"config.json"} and len(every) == 3

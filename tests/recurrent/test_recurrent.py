@@ -387,3 +387,19 @@ def test_scale_that_is_no_finite_number_is_refused(mixer):
     for scale in (math.nan, -math.inf):
         with pytest.raises(ValueError, match=f"scaled by a finite number, got scale={scale}"):
             mixer(scale=scale)
+
+
+@pytest.mark.parametrize("kind", [GatedDeltaRule, GatedLinearAttention])
+def test_a_learned_scale_has_the_gradient_of_a_factor(kind):
+    """What comes out is proportional to it."""
+    documents, scale = Documents(((4, 3),), 8), nn.Parameter(torch.tensor(0.3).double())
+    q, k, v = torch.randn(3, 1, 8, 2, 4, dtype=torch.float64).unbind()
+    g, beta = -torch.rand(1, 8, 2).double(), torch.rand(1, 8, 2).double()
+    rates = (g, beta) if kind is GatedDeltaRule else (g,)
+    out, of_one = (
+        mixer(q, k, v, *rates, batch_metadata(mixer, documents))
+        for mixer in (kind(scale=scale), kind(scale=1.0))
+    )
+    assert_close(out, 0.3 * of_one)
+    grad = torch.randn_like(out)
+    assert_close(torch.autograd.grad(out, scale, grad)[0], (of_one * grad).sum())

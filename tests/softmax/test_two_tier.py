@@ -407,6 +407,7 @@ def test_two_tier_hybrid_refuses_groups_that_do_not_fit_nodes():
 def test_two_tier_shared_keys_refuse_two_sizes_of_a_node():
     gather = AllGatherAttention(ranks_per_node=2)
     assert SharedKVAttention(gather).ranks_per_node == 2
+    assert SharedKVAttention(ranks_per_node=2).ranks_per_node == 2
     with pytest.raises(ValueError, match="ranks_per_node=4 and 2 in gather"):
         SharedKVAttention(gather, ranks_per_node=4)
 
