@@ -1,6 +1,7 @@
 """What users of other libraries met, wrong without a word: each is exact here, or refused."""
 
 from itertools import accumulate, pairwise
+from unittest import mock
 
 import pytest
 import torch
@@ -322,3 +323,15 @@ def test_writing_to_what_backward_reads_is_right_or_refused(mesh, style, name):
     else:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             gradients(name)
+
+
+@spmd(ranks=2)
+def test_a_worker_of_a_loader_that_shards_batches_is_refused(mesh):
+    """It was forked without the threads that exchange, and waited for ever."""
+    mesh, ids = ParallelMesh.from_device_mesh(mesh), torch.arange(64)[None]
+    is_worker = mock.patch(
+        "dtcp.distributed.same_rows.get_worker_info", return_value=mock.Mock(id=3)
+    )
+    with is_worker, pytest.raises(ValueError, match="got one in worker 3 of a DataLoader: let"):
+        shard_batch({"input_ids": ids}, mesh)
+    assert shard_batch({"input_ids": ids}, mesh)[0]["input_ids"].shape == (1, 32)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.data import get_worker_info
 
 from dtcp.distributed.groups import gather_flat
 from dtcp.sequence.arguments import WHOLE_NUMBERS
@@ -146,7 +147,19 @@ def digests(rows: Sequence[Tensor]) -> Tensor:
 
 
 def numbers_of_ranks(x: Tensor, axes: Sequence[DeviceMesh]) -> Tensor:
-    """x of every rank of the axes: [ranks, ...], on the host; the first axis is the fastest."""
+    """x of every rank of the axes: [ranks, ...], on the host; the first axis is the fastest.
+
+    Raises:
+        ValueError: in a worker of a DataLoader. Forked, it has the groups of its rank and none of
+            the threads that answer for them: it would wait for ever.
+    """
+    worker = get_worker_info()
+    if worker is not None:
+        raise ValueError(
+            f"Ranks compare their batches in the processes that are ranks, got one in worker "
+            f"{worker.id} of a DataLoader: let workers collate whole rows, and shard what the "
+            f"loader gives."
+        )
     x = x[None]
     for axis in axes:
         group = axis.get_group()

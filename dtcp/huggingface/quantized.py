@@ -6,7 +6,7 @@ library: a layer is inspected, and tried on a few tokens.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,6 +20,10 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FP32 = torch.zeros(())
 TOKENS, CHANGED, FACTOR = 16, 2, 100.0
 """Of a trial: one token is made so much larger that a scale or choice shared by all would show."""
+OTHERS_COUNT = (
+    "computes for one token other numbers where another token is larger, so that tokens of other "
+    "ranks would count: quantize weights alone, or inputs token by token."
+)
 
 
 def is_quantized(x: Tensor) -> bool:
@@ -119,6 +123,22 @@ def quantized_problems(model: Any) -> Iterator[str]:
         if problem and (type(layer), problem) not in said:
             said.add((type(layer), problem))
             yield f"{part} ({type(layer).__name__}), whose weight is quantized{kind}, {problem}"
+    yield from _problems_of_trained(model, layers.values())
+
+
+def _problems_of_trained(model: nn.Module, quantized: Collection[nn.Module]) -> Iterator[str]:
+    """Which linear layers of their own kind (torchao's float8) scale a token by others.
+
+    All are tried, the first one of a kind is named. What cannot be tried so, the survey runs.
+    """
+    kinds = {nn.Linear.forward}
+    for part, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear) or type(layer).forward in kinds or layer in quantized:
+            continue
+        weight = layer.weight
+        if not weight.is_meta and _problem_of_trial(layer, weight) == OTHERS_COUNT:
+            kinds.add(type(layer).forward)
+            yield f"{part} ({type(layer).__name__}) {OTHERS_COUNT}"
 
 
 def _own_numbers(layer: nn.Module) -> str:
@@ -213,10 +233,7 @@ def _problem_of_trial(layer: Any, like: Tensor) -> str:
         moved = (a - c).abs()
         moved[:, CHANGED] = 0
         if not float(moved.max()) <= 4 * noise:
-            return (
-                "computes for one token other numbers where another token is larger, so that tokens"
-                " of other ranks would count: quantize weights alone, or inputs token by token."
-            )
+            return OTHERS_COUNT
     return ""
 
 

@@ -29,6 +29,7 @@ from dtcp.parallelize.plans.forward_code import (
 )
 from dtcp.parallelize.plans.latent_heads import COLWISE, ROWWISE, WHOLE, latent_heads
 from dtcp.parallelize.plans.recurrent_heads import recurrent_heads
+from dtcp.parallelize.plans.splittable import check_splittable
 from dtcp.parallelize.plans.units_by_trial import beside_experts, units_by_trial
 from dtcp.parallelize.tensor_parallel import (
     HeadsOfLayer,
@@ -77,7 +78,7 @@ def hf_tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
     """
     tp_plan = _tp_plan(model)
     _check_divisible(model, tp_plan, tp)
-    _check_embedding_is_called(model)
+    check_splittable(model)
     parts = _Parts.of(model)
     modules, owners, units = parts.modules, parts.owners, parts.units
     roles = {name: _role(name, tp_plan) or _own_role(module) for name, module in modules.items()}
@@ -117,7 +118,8 @@ class _Parts:
     Args:
         owners: names of the modules that have parameters of their own.
         units: of each module, the part of a block that is split as one.
-        quantized: units with a layer whose weight is quantized, with its name: they stay whole.
+        quantized: units with a layer whose weight is quantized, or that has modules inside, as
+            torchao's of rounded weights, with its name: they stay whole.
     """
 
     modules: dict[str, nn.Module]
@@ -130,7 +132,10 @@ class _Parts:
         modules = dict(model.named_modules())
         owners = [name for name, module in modules.items() if has_parameters(module)]
         units = {name: _unit(name, modules) for name in modules}
-        quantized = {units[name]: name for name in reversed(quantized_layers(model))}
+        # torch's styles take each module inside of a linear layer for a linear layer, too.
+        linear = (name for name, module in modules.items() if isinstance(module, nn.Linear))
+        nested = [name for name in linear if any(modules[name].children())]
+        quantized = {units[name]: name for name in reversed([*quantized_layers(model), *nested])}
         return cls(modules, owners, units, quantized)
 
 
@@ -333,24 +338,6 @@ def _has_bias_around_head(model: Any) -> bool:
 def _writes_logits(model: Any) -> bool:
     """Whether a model writes numbers of its own over its logits, which no part of them takes."""
     return getattr(model.config, "model_type", "") in WRITES_LOGITS
-
-
-def _check_embedding_is_called(model: Any) -> None:
-    """Refuse a model that reads the weight of its embedding, or of a layer, beside calling it."""
-    if reads_weights(model):
-        raise ValueError(
-            f"Tensor parallelism gives a module its parameters where it is called, got "
-            f"{type(model).__name__}, which reads the weight of one inside of it: set tp=1 and "
-            f"give the ranks to cp."
-        )
-    for name, module in model.named_modules():
-        names = kernel_names(module)
-        if {"embed_tokens", "weight", "pad_token_id"} <= names:
-            raise ValueError(
-                f"Tensor parallelism splits an embedding by its vocabulary, got {name}"
-                f" ({type(module).__name__}), which reads its weight: set tp=1 and give the ranks "
-                f"to cp."
-            )
 
 
 def _experts_style(name: str, module: nn.Module, tp: int) -> ParallelStyle:

@@ -57,6 +57,9 @@ FOREIGN = frozenset(
         "llama3_8b",
         "hf_",
         "ddp_",
+        "convert_to_float8_training",
+        "rowwise_with_gw_hp",
+        "QATConfig",
     ]
 )
 
