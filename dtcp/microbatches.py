@@ -32,6 +32,7 @@ from dtcp._torch.pipelining import (
 from dtcp.copied_weights import COPIED
 from dtcp.cut_backward import check_backward_can_be_cut, check_gradients_arrived
 from dtcp.experts.losses import RouterLoss
+from dtcp.huggingface.stages import weights_elsewhere
 from dtcp.metadata import BatchMetadata
 from dtcp.sequence.arguments import check_kind
 
@@ -201,7 +202,22 @@ def _check_stages(schedule: Schedule, *, first_step: bool) -> None:
             for stage in stages_of(schedule):
                 check_backward_can_be_cut(stage.submod)
     if first_step:
+        with _refused_by_all(schedule):
+            _check_copies(schedule)
         _warn_of_shared_names(schedule)
+
+
+def _check_copies(schedule: Schedule) -> None:
+    """Refuse a weight of a model of transformers that two of its stages would train apart."""
+    for stage in stages_of(schedule):
+        copies = weights_elsewhere(stage.submod).copies
+        left = sorted(copies.difference(vars(schedule).get(COPIED, ())))
+        if left:
+            raise ValueError(
+                f"A weight that two stages of a model hold is one weight, got {left[0]} of stage "
+                f"{stage.stage_index}, which is trained apart from the first stage's: make "
+                f"CopiedWeights(schedule, ..) of both names (docs/pipeline.md)."
+            )
 
 
 def _check_gradients(schedule: Schedule) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from dtcp.checkpoint.huggingface import file_of_tensors, weight_files
+from dtcp.huggingface.stages import weights_elsewhere
 
 
 class WeightFiles(Mapping[str, Tensor]):
@@ -104,7 +105,10 @@ class WeightGroup:
 
 
 def weight_groups(model: Any, files: Mapping[str, Tensor]) -> tuple[list[WeightGroup], list[str]]:
-    """What each weight of the files becomes in a model, and those that it has no use for."""
+    """What each weight of the files becomes in a model, and those that it has no use for.
+
+    Of a pipeline stage those that other stages hold are neither.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -118,7 +122,8 @@ def weight_groups(model: Any, files: Mapping[str, Tensor]) -> tuple[list[WeightG
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-    own, prefix = model.state_dict(), model.base_model_prefix
+    elsewhere = weights_elsewhere(model).weights
+    own, prefix = {**dict.fromkeys(elsewhere), **model.state_dict()}, model.base_model_prefix
     ignored = [re.compile(each) for each in model._keys_to_ignore_on_load_unexpected or ()]
     groups: dict[str, WeightGroup] = {}
     left_over = []
@@ -127,6 +132,8 @@ def weight_groups(model: Any, files: Mapping[str, Tensor]) -> tuple[list[WeightG
         target, pattern = name, None
         if name not in own:
             target, pattern = rename_source_key(name, renamings, converters, prefix, own)
+        if target in elsewhere:
+            continue
         if target in own:
             rule = None if pattern is None else by_pattern[pattern]
             group = groups.setdefault(target, WeightGroup(target, rule))

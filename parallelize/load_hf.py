@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dtcp.huggingface.quantized import check_no_quantized
+from dtcp.huggingface.stages import weights_elsewhere
 from dtcp.parallelize.hf_files import WeightFiles, WeightGroup, check_not_quantized, weight_groups
 from dtcp.parallelize.tied_parameters import find_tied_parameters, restore_tied_parameters
 from dtcp.sequence.arguments import check_kind, check_tensor
@@ -118,7 +119,9 @@ def _fill_parameters(
                 _check_shared(model, (name, whole), (other, before.weights(model, files)[other]))
             _copy_shard(name, x, whole)
             filled[x] = name, group
-    missing = [name for name, x in parameters.items() if x not in filled]
+    # Copies are made equal to the first stage's once that has its own (dtcp.copied_weights).
+    copies = weights_elsewhere(model).copies
+    missing = [name for name, x in parameters.items() if x not in filled and name not in copies]
     _check_names(model, missing, [])
 
 

@@ -1,9 +1,11 @@
 """Save a model of transformers as its own save_pretrained would, one parameter at a time."""
 
+import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dtcp.checkpoint.huggingface import INDEX
 from dtcp.distributed.groups import rank_of_process
 from dtcp.huggingface.quantized import check_no_quantized
+from dtcp.huggingface.stages import weights_elsewhere
 from dtcp.parallelize.hf_files import saved_groups
 from dtcp.parallelize.plans.adapters import adapted_model
 from dtcp.parallelize.tensor_parallel.huggingface_experts import join_gate_and_up
@@ -35,6 +39,7 @@ def save_hf(
     *,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    pp: DeviceMesh | None = None,
 ) -> None:
     """Write a model of parallelize_hf into a folder that from_pretrained reads: every rank calls.
 
@@ -45,8 +50,10 @@ def save_hf(
     Args:
         dtype: of floating-point weights in the files; None: as they are.
         shard_bytes: size at which another file begins.
+        pp: the axis of pipeline stages; the model is then this rank's stage of it, or an
+            nn.ModuleList of several. Weights of the other stages travel to the first rank.
     Raises:
-        ValueError: a folder or a file that cannot be written, on all ranks.
+        ValueError: a folder or a file that cannot be written, on all ranks; a stage without pp.
     """
     check_kind("save_hf", nn.Module, model=model)
     check_kind("save_hf", (str, Path), folder=folder)
@@ -58,11 +65,18 @@ def save_hf(
             model,
             "save its adapters (of a PeftModel), for the rest is as it was loaded",
         )
+    if pp is None and weights_elsewhere(model).weights:
+        raise ValueError(
+            f"A folder has the weights of all stages, got one of {type(model).__name__} and "
+            f"pp=None: pass pp=mesh.pp, on the ranks of all stages."
+        )
     writer = _Writer(Path(folder), shard_bytes) if rank_of_process() == 0 else None
     try:
         if writer is not None:
             writer.attempt(writer.prepare)
-        if adapted_model(model) is not model:
+        if pp is not None:
+            _save_stages(model, dtype, writer, pp)
+        elif adapted_model(model) is not model:
             _save_adapters(model, dtype, writer)
         else:
             _save_weights(model, dtype, writer)
@@ -79,14 +93,61 @@ def save_hf(
 
 def _save_weights(model: Any, dtype: torch.dtype | None, writer: "_Writer | None") -> None:
     """Put one group of weights together after the other; only the first rank keeps any."""
-    parameters = _saved(model)
-    for group in saved_groups(model, list(parameters)):
-        whole = {name: _whole(model, name, parameters[name], dtype) for name in group.names}
+    for make in _weights_of(model, dtype, keeps=writer is not None):
         if writer is not None:
             # What transformers makes of them is attempted, too: other ranks wait for this one.
-            writer.attempt(lambda g=group, w=whole: writer.add_all(g.revert(model, w)))
+            writer.attempt(lambda made=make: writer.add_all(made()))
     if writer is not None:
         writer.attempt(lambda: writer.finish(model, dtype))
+
+
+def _weights_of(
+    model: Any, dtype: torch.dtype | None, *, keeps: bool
+) -> Iterator[Callable[[], dict[str, Tensor]]]:
+    """Functions that make what files hold, of one group of whole weights after the other.
+
+    Args:
+        keeps: whether this rank is to call them; all ranks put weights together.
+    """
+    parameters = _saved(model)
+    for group in saved_groups(model, list(parameters)):
+        whole = {x: _whole(model, x, parameters[x], dtype, keeps=keeps) for x in group.names}
+        yield partial(group.revert, model, whole)
+
+
+def _save_stages(
+    model: Any, dtype: torch.dtype | None, writer: "_Writer | None", pp: DeviceMesh
+) -> None:
+    """The weights of one stage after the other, which those of the first rank's pp send to it."""
+    group, parts = pp.get_group(), list(model) if isinstance(model, nn.ModuleList) else [model]
+    sends = 0 in dist.get_process_group_ranks(group)
+
+    def arrived(parcel: Any, owner: int) -> Any:
+        given = [parcel]
+        if sends:
+            dist.broadcast_object_list(given, group=group, group_src=owner)
+        if writer is not None and given[0] is not None:
+            writer.attempt(lambda: writer.add_made(given[0]))
+        return given[0]
+
+    for part, owner in itertools.product(parts, range(pp.size())):
+        if owner == pp.get_local_rank():
+            for make in _weights_of(part, dtype, keeps=sends):
+                arrived(_made(make) if sends else None, owner)
+            arrived(None, owner)
+        while owner != pp.get_local_rank() and sends and arrived(None, owner) is not None:
+            pass
+    if writer is not None:
+        writer.attempt(lambda: writer.finish(parts[0], dtype))
+
+
+def _made(make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor] | str:
+    """Weights for files, or what went wrong, which the first rank tells all."""
+    try:
+        return make()
+    # Held back as in _Writer.attempt, for the same reason.
+    except Exception as error:  # noqa: BLE001
+        return f"{type(error).__name__}: {error}"
 
 
 def _saved(model: Any) -> dict[str, Tensor]:
@@ -97,13 +158,13 @@ def _saved(model: Any) -> dict[str, Tensor]:
     first: dict[int, str] = {}
     for name in sorted(state, key=lambda name: name in tied):
         first.setdefault(id(state[name]), name)
-    kept = set(first.values()) - ignored
+    kept = set(first.values()) - ignored - weights_elsewhere(model).copies
     return {name: x for name, x in state.items() if name in kept}
 
 
-def _whole(model: Any, name: str, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _whole(model: Any, name: str, x: Tensor, dtype: torch.dtype | None, *, keeps: bool) -> Tensor:
     whole = join_gate_and_up(model, name, x.full_tensor() if isinstance(x, DTensor) else x.detach())
-    if rank_of_process() != 0:
+    if not keeps:
         return whole.new_empty(0)
     cast = whole.to(dtype) if dtype is not None and whole.is_floating_point() else whole
     return cast.cpu().contiguous()
@@ -123,7 +184,9 @@ def _save_adapters(model: Any, dtype: torch.dtype | None, writer: "_Writer | Non
     base = adapted_model(model)
     inside = {id(x): name for name, x in base.state_dict(keep_vars=True).items()}
     whole = {
-        name: _whole(base, inside[id(x)], x, dtype) for name, x in state.items() if name in kept[0]
+        name: _whole(base, inside[id(x)], x, dtype, keeps=writer is not None)
+        for name, x in state.items()
+        if name in kept[0]
     }
     if writer is not None:
         writer.attempt(lambda: model.save_pretrained(writer.folder, state_dict=whole))
@@ -164,6 +227,12 @@ class _Writer:
 
     def prepare(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+
+    def add_made(self, made: Mapping[str, Tensor] | str) -> None:
+        """Add what another rank has made, or raise what it says went wrong."""
+        if isinstance(made, str):
+            raise RuntimeError(made)
+        self.add_all(made)
 
     def add_all(self, weights: Mapping[str, Tensor]) -> None:
         for name, weight in weights.items():

@@ -3,9 +3,10 @@
 If a narrow copy cannot be made or run, and the model is small, the copy is as wide as the model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -88,8 +89,24 @@ def survey_on_meta(model: Any) -> Survey:
     return replace(result, dropouts=(*result.dropouts, *of_adapters))
 
 
+def small_copies(model: Any) -> Iterator[Callable[[], Any]]:
+    """Builders of copies with fresh weights on this host: a narrow one; of a small model another.
+
+    That is as wide as the model, for configs that refuse narrow sizes.
+    """
+    changes: list[Callable[[Any], Any]] = [_narrow_config]
+    if sum(p.numel() for p in model.parameters()) <= SMALL:
+        changes.append(lambda config: config)
+    for change in changes:
+        yield partial(_copy_of, model, change)
+
+
+def _copy_of(model: Any, change: Callable[[Any], Any]) -> Any:
+    return type(model)._from_config(change(deepcopy(model.config))).train(model.training)
+
+
 def _survey_of_copy(model: Any, change: Callable[[Any], Any]) -> tuple[Survey, Any]:
-    copy = type(model)._from_config(change(deepcopy(model.config))).train(model.training)
+    copy = _copy_of(model, change)
     result = survey(copy)
     modules, own = dict(model.named_modules()), dict(copy.named_modules())
     for attention in result.attentions:

@@ -17,6 +17,7 @@ from dtcp.torchtitan import compat as compat
 from dtcp.torchtitan.hf_model import HuggingFaceAdapter
 
 import torch
+from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -323,7 +324,9 @@ class Checkpoints(CheckpointManager):
         folders = SavedFolders(final.parent)
         staging = folders.staging(final.name, manifest.save)
         if isinstance(self.sd_adapter, HuggingFaceAdapter):
-            save_hf(self.states[MODEL].model[0], staging, dtype=self.export_dtype)
+            parts, pp = self.states[MODEL].model, pp_of(self.states[TRAIN_STATE])
+            model = parts[0] if pp is None else nn.ModuleList(parts)
+            save_hf(model, staging, dtype=self.export_dtype, pp=pp)
         else:
             super().dcp_save(weights, str(staging), AsyncMode.DISABLED, to_hf=True)
 

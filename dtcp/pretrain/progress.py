@@ -279,9 +279,9 @@ class _StageSize:
     def of(cls, part: nn.Module) -> "_StageSize":
         mixers = [m for m in part.modules() if isinstance(m, Mixer)]
         styles = dict.fromkeys(f"{m.style}" for m in mixers if m.style is not None)
-        layers = getattr(part, "layers", None)
+        layers, stage = getattr(part, "layers", None), getattr(part, "stage", None)
         number = sum(1 for _ in layers.children()) if isinstance(layers, nn.Module) else 0
-        stage = getattr(part, "stage", None)
+        number = number if stage is None else len(stage.layers)
         copies = () if stage is None else stage.copies
         own = sum(p.numel() for name, p in part.named_parameters() if name not in copies)
         return cls(own, number, tuple(styles))

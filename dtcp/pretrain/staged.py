@@ -85,13 +85,13 @@ def _refusals(config: Any) -> Iterator[str]:
 
 
 def _layers(model: Any) -> int:
+    if isinstance(model, HuggingFaceConfig):
+        return model.num_layers
     return len(model.layers) if isinstance(model, Decoder.Config) else model.shape.num_layers
 
 
 def stage_refusal(spec: Any) -> str:
     """Why a model is not cut into stages; nothing where it is."""
-    if isinstance(spec.model, HuggingFaceConfig):
-        return "models of transformers are run whole"
     if not isinstance(spec.model, Decoder.Config):
         why: str = spec.model.stage_refusal()
         return why

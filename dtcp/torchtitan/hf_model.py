@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dtcp.torchtitan.hf_stages import STAGE, hf_pipeline_stages
 from dtcp.torchtitan.parallelize import mesh_with_section, options_of
 from dtcp.torchtitan.section import Section
 
@@ -30,10 +31,16 @@ from dtcp.huggingface.config_fields import values_in_layers
 from dtcp.huggingface.install import has_mixers
 from dtcp.huggingface.own_errors import own_errors
 from dtcp.huggingface.small_config import small_config
+from dtcp.huggingface.stage_trial import stage_cut
+from dtcp.huggingface.stages import StageCut, UncutError
 from dtcp.huggingface.version import too_old
 from dtcp.parallelize import load_hf, parallelize_hf
 from dtcp.parallelize.tensor_parallel import is_experts, separate_gate_and_up
-from dtcp.parallelize.tied_parameters import find_tied_parameters, restore_tied_parameters
+from dtcp.parallelize.tied_parameters import (
+    TiedParameters,
+    find_tied_parameters,
+    restore_tied_parameters,
+)
 from dtcp.softmax.default import device_type_of
 from dtcp.softmax.mixer import name_kernel
 
@@ -63,6 +70,13 @@ def read_config(source: str) -> Any:
         return small_config(source, {"vocab_size": BYTE_VOCABULARY}, remedy).config
     with own_errors(f"transformers reads the config of --model.hf {source}", remedy):
         return AutoConfig.from_pretrained(path)
+
+
+@functools.lru_cache(maxsize=4)
+def _cut_of(source: str) -> StageCut:
+    """Proved once: a trial takes a second or so."""
+    with torch.device("meta"):
+        return stage_cut(HuggingFaceConfig(source=source).build())
 
 
 def weights_folder(source: str) -> Path | None:
@@ -120,20 +134,45 @@ class HuggingFaceConfig(BaseModel.Config):
             model = AutoModelForCausalLM.from_config(
                 config, attn_implementation="eager", dtype=torch.get_default_dtype()
             )
-        tied = find_tied_parameters(model)
-
-        def fill(*, buffer_device: torch.device | None = None) -> None:
-            # The Trainer has moved each name of a shared parameter off the meta device by itself.
-            restore_tied_parameters(model, tied)
-            if not has_mixers(model):
-                # A seed checkpoint is of a model that was not parallelized, and for those that are.
-                separate_gate_and_up(model)
-            device = buffer_device or next(model.parameters()).device
-            load_hf(model, weights_folder(self.source) or self._drawn(model), device=device)
-
-        model.init_weights = fill
+        model.init_weights = functools.partial(self.fill, model, find_tied_parameters(model))
         model.verify_module_protocol = _accept_submodules
         return model
+
+    def fill(
+        self, model: Any, tied: TiedParameters, *, buffer_device: torch.device | None = None
+    ) -> None:
+        """Give a model, or a pipeline stage of it, its weights.
+
+        Args:
+            tied: the names of each weight of it that has several.
+        """
+        # The Trainer has moved each name of a shared parameter off the meta device by itself.
+        restore_tied_parameters(model, tied)
+        if not has_mixers(model):
+            # A seed checkpoint is of a model that was not parallelized, and for those that are.
+            separate_gate_and_up(model)
+        device = buffer_device or next(model.parameters()).device
+        load_hf(model, weights_folder(self.source) or self._drawn(model), device=device)
+
+    @property
+    def hidden_size(self) -> int:
+        return read_config(self.source).get_text_config().hidden_size
+
+    def stage_cut(self) -> StageCut:
+        """Where its model is cut into pipeline stages.
+
+        Raises:
+            UncutError: where it is not.
+        """
+        return _cut_of(self.source)
+
+    def stage_refusal(self) -> str:
+        """Why this model is not cut into pipeline stages; nothing where it is."""
+        try:
+            self.stage_cut()
+        except UncutError as error:
+            return error.why
+        return ""
 
     def _drawn(self, model: Any) -> dict[str, Tensor]:
         """Weights as transformers draws them, of the whole model on this host."""
@@ -193,7 +232,7 @@ def huggingface_spec(source: str) -> ModelSpec:
         flavor="of transformers",
         model=HuggingFaceConfig(source=source),
         parallelize_fn=_parallelize,
-        pipelining_fn=None,
+        pipelining_fn=hf_pipeline_stages,
         post_optimizer_build_fn=None,
         state_dict_adapter=HuggingFaceAdapter,
     )
@@ -250,15 +289,18 @@ def _parallelize(
     section: Section,
 ) -> nn.Module:
     mesh = mesh_with_section(parallel_dims, section)
+    stage = vars(model).get(STAGE)
     parallelize_hf(
         model,
         mesh,
         section.attention_style(device_type_of(mesh.cp)),
         **options_of(training, parallelism, compile_config, ac_config),
         expert_exchange=section.expert_exchange,
+        stage=stage,
     )
     name_kernel(model, section.kernel)
-    wrap_forward(model, _logits_of_tokens)
+    if stage is None:
+        wrap_forward(model, _logits_of_tokens)
     return model
 
 

@@ -23,6 +23,7 @@ class StageForward:
     Args:
         forward: of a stage: itself, then what its model takes, the residual stream in the place of
             token ids behind the first one.
+        layers: the name of their list.
         first, last: the modules of the first stage and of the last one, outside of layers.
         ahead: those that the last one has besides where the model predicts further ahead.
         stream: shape of what layers hand on for each token, by the model's config.
@@ -32,13 +33,14 @@ class StageForward:
     """
 
     forward: Callable[..., Tensor | tuple[Tensor, ...]]
+    layers: str = "layers"
     first: tuple[str, ...] = ("embedding",)
     last: tuple[str, ...] = ("norm", "lm_head")
     ahead: tuple[str, ...] = ()
     stream: Callable[[Any], tuple[int, ...]] = lambda config: (config.shape.dim,)
     over_tp: bool = False
     reads_ids: bool = False
-    prepare: Callable[[Any], None] = lambda _: None
+    prepare: Callable[[Any], Any] = lambda _: None
 
     def last_of(self, model: Any) -> tuple[str, ...]:
         """The modules of a model's last stage, outside of layers."""

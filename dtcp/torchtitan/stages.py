@@ -8,7 +8,7 @@ the same with stages and without.
 import copy
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,6 +115,7 @@ def pipeline_stages(
     loss_fn: Callable[..., Any],
     section: Section,
     how: StageForward,
+    cut: Callable[..., Any] | None = None,
     **sections: Any,
 ) -> tuple[Any, list[nn.Module], bool, bool]:
     """torchtitan's pipelining_fn for a model on the meta device.
@@ -122,14 +123,18 @@ def pipeline_stages(
     Args:
         section: bound by our Trainer, as that of parallelize_fn is.
         how: bound where the model's spec is made.
+        cut: makes a stage of the model, its part, how and whether it is the last one; None for one
+            whose modules are fields of the model.
     Returns:
         the schedule, this rank's stages, and whether the first and the last one are among them.
     Raises:
         ValueError: a weight of no stage.
     """
     _check_parts(model, how)
+    cut = cut or _cut
     group = parallel_dims.get_mesh("pp").get_group()
-    layers = layers_of_stages(parallelism, sum(1 for _ in model.get_submodule("layers").children()))
+    number = sum(1 for _ in model.get_submodule(how.layers).children())
+    layers = layers_of_stages(parallelism, number)
     sharded = _sharded(how, parallel_dims, parallelism)
     known = _known_to_all(model, how, layers, sharded, group=group, device=device)
     sent = (section.sequence_layout(), how.stream(model_config), sharded)
@@ -140,7 +145,7 @@ def pipeline_stages(
     parts, stages, last = [], [], len(layers) - 1
     for index in range(dist.get_rank(group), len(layers), dist.get_world_size(group)):
         own = replace(known, index=index, layers=layers[index], whole=copy.deepcopy(known.whole))
-        part = parallelize_fn(_cut(model, own, how, last=index == last), **sections)
+        part = parallelize_fn(cut(model, own, how, last=index == last), **sections)
         for name in own.copies:
             # No optimizer steps it. Whoever has built them lets it have gradients.
             part.get_parameter(name).requires_grad_(False)
@@ -195,11 +200,12 @@ def _known_to_all(
 
 def _check_parts(model: nn.Module, how: StageForward) -> None:
     """Refuse weights that would be left out, as `train.py` does by settings."""
-    placed = {"layers", *how.first, *how.last_of(model)}
+    placed = (how.layers, *how.first, *how.last_of(model))
     named = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    left = [name for name in named if name.partition(".")[0] not in placed]
+    left = [name for name in named if not _is_in(name, placed)]
     # Of layers that share a weight, more stages than the ends might.
-    left += [x for names in find_tied_parameters(model) for x in names if x.startswith("layers.")]
+    tied = find_tied_parameters(model)
+    left += [x for names in tied for x in names if _is_in(x, (how.layers,))]
     if left:
         raise ValueError(
             f"Every weight is in one stage, or in both ends, got {left[0]} of "
@@ -207,12 +213,17 @@ def _check_parts(model: nn.Module, how: StageForward) -> None:
         )
 
 
+def _is_in(name: str, modules: Iterable[str]) -> bool:
+    """Whether a parameter is one of these modules'."""
+    return name.startswith(tuple(f"{module}." for module in modules))
+
+
 def _copied(model: nn.Module, how: StageForward, *, last: int) -> Copied:
     """Of each weight outside of layers that both ends hold, its name in either."""
     names: dict[Tensor, dict[int, str]] = {}
     for index, modules in ((0, how.first), (last, how.last_of(model))):
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            if name.partition(".")[0] in modules:
+            if _is_in(name, modules):
                 names.setdefault(parameter, {}).setdefault(index, name)
     return tuple(of_stages for of_stages in names.values() if len(of_stages) > 1)
 

@@ -33,6 +33,7 @@ from dtcp.huggingface.quantized import (
     whole_in_words,
 )
 from dtcp.huggingface.registry import MIXER, PROJECTION
+from dtcp.huggingface.stages import HFStage
 from dtcp.huggingface.token_dropouts import note_batches, split_over_tp
 from dtcp.huggingface.whole_weights import refuse_merging, refuse_whole_weights
 from dtcp.huggingface.zero_experts import compute_without_loop
@@ -50,6 +51,7 @@ from dtcp.parallelize.hf_experts import (
 from dtcp.parallelize.plans.adapters import adapted_model
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
 from dtcp.parallelize.plans.picked_latents import mixer_styles
+from dtcp.parallelize.stage_plan import plan_of_hf_stage
 from dtcp.parallelize.tensor_parallel import LatentHeads, LocalParams, separate_gate_and_up
 from dtcp.parallelize.tied_parameters import (
     TiedParameters,
@@ -89,6 +91,7 @@ def parallelize_hf(
     fsdp: FSDP = PLAIN_FSDP,
     expert_exchange: str = "auto",
     shared_prompts: bool = False,
+    stage: HFStage | None = None,
 ) -> Any:
     """Put an unmodified model of transformers on FSDP x TP x CP, in place.
 
@@ -106,20 +109,18 @@ def parallelize_hf(
             indexer picks (DeepSeek-V3.2), CompressedSparseCP those with entries (V4).
         expert_exchange: what carries tokens on a mesh with an axis ep, as of ExpertParallel.
         shared_prompts: let WholeRows, and so trainers, compute once what several rows begin with.
+        stage: on a mesh with an axis pp, what the model is to keep of itself (docs/pipeline.md).
     Raises:
         ValueError: what no mixer here does, by layer; weights that differ between ranks.
     """
     check_kind("parallelize_hf", nn.Module, model=model)
-    check_parallel_mesh("parallelize_hf", mesh)
-    check_no_stages("parallelize_hf", mesh.degrees)
-    _check_attention(attention)
+    _check_options(mesh, attention, stage, shared_prompts=shared_prompts)
     outer = model
     with refused_alike("A model is sharded", mesh.device_mesh):
         model = adapted_model(model)
         check_has_no_mixers(model)
         check_experts_without_adapters(model)
-        _check_whole_weights(model)
-        _check_device_of_quantized(model, mesh)
+        _check_whole_weights(model, mesh)
     _check_same_weights(model, mesh)
     with refused_alike("A model is sharded", mesh.device_mesh):
         survey = install_mixers(model, shared_prompts=shared_prompts)
@@ -130,6 +131,7 @@ def parallelize_hf(
     plan = hf_plan(model, survey, mesh, attention, expert_exchange)
     tell_experts_of_padding(model, find(model, plan.blocks), plan.ep)
     share_latents(model, survey, mesh, plan)
+    plan = plan if stage is None else plan_of_hf_stage(plan, outer, stage)
     if mesh.tp is not None:
         split_over_tp(model, mesh.tp)
     parallelize(
@@ -182,12 +184,14 @@ def hf_plan(
     )
 
 
-def _check_attention(attention: Any) -> None:
-    """Refuse a strategy's name or class in the place of one.
-
-    Raises:
-        TypeError: as above.
-    """
+def _check_options(
+    mesh: ParallelMesh, attention: Any, stage: HFStage | None, *, shared_prompts: bool
+) -> None:
+    """Refuse an axis pp without a stage, and a strategy's name or class in the place of one."""
+    check_parallel_mesh("parallelize_hf", mesh)
+    check_kind("parallelize_hf", (HFStage, type(None)), stage=stage)
+    if stage is None or shared_prompts:  # which are for trainers, whose models are whole
+        check_no_stages("parallelize_hf", mesh.degrees)
     if attention is None or isinstance(attention, AttentionStyle):
         return
     if isinstance(attention, type) or not callable(attention):
@@ -249,7 +253,7 @@ def _without(
     return {name: style for name, style in plan.items() if name not in experts}
 
 
-def _check_whole_weights(model: nn.Module) -> None:
+def _check_whole_weights(model: nn.Module, mesh: ParallelMesh) -> None:
     """Refuse weights that are shards already, and a model that is on the meta device in part."""
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
@@ -264,6 +268,7 @@ def _check_whole_weights(model: nn.Module) -> None:
             f"{type(model).__name__} with {on_meta[0]} on the meta device and others not: load it "
             f"without device_map or offloading, or build all of it under torch.device('meta')."
         )
+    _check_device_of_quantized(model, mesh)
 
 
 def _check_device_of_quantized(model: nn.Module, mesh: ParallelMesh) -> None:

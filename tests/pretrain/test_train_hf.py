@@ -1,6 +1,7 @@
 """train.py on a model of transformers: the losses, a resume on another mesh, and the export."""
 
 import json
+import re
 import shutil
 from copy import deepcopy
 from functools import partial
@@ -91,6 +92,35 @@ def test_trainer_of_torchtitan_trains_resumes_and_exports_a_model_of_transformer
     resumed, output = train("gemma3_text", tmp_path / "run", **other)
     assert "step-2" in output and list(resumed) == [3, 4]
     assert_close(list(resumed.values()), [found[3], found[4]], rtol=0, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gemma3_text", "qwen3_moe"])
+def test_stages_train_resume_and_export_as_a_run_without_them_does(tmp_path, kind):
+    """A tied head; experts. Each run goes on from a step of the other, the export starts both."""
+    pp = {"parallelism__pipeline_parallel_degree": 2, "parallelism__context_parallel_degree": 1}
+    whole, said = train(kind, tmp_path / "whole")
+    staged, output = train(kind, tmp_path / "staged", **pp)
+    assert "stages      1 + 1 layers, 1F1B of 2 micro-batches" in output
+    assert ("copied      model.embed_tokens.weight" in output) == (kind == "gemma3_text")
+    counts = [re.search(r"([\d,]+) parameters", text)[1] for text in (said, output)]
+    assert counts[0] == counts[1]
+    assert_close(list(staged.values()), list(whole.values()), rtol=0, atol=2e-5)
+    norms = [list(map(float, re.findall(r"grad +(\S+)", text))) for text in (said, output)]
+    assert_close(norms[1], norms[0], rtol=1e-4, atol=0)
+    models = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / x / "hf") for x in ("whole", "staged")
+    ]
+    assert_close(*(x.state_dict() for x in models), rtol=1e-3, atol=1e-4)
+    for name, before, how in (("on_stages", "whole", pp), ("on_none", "staged", {})):
+        shutil.copytree(tmp_path / before, tmp_path / name)
+        shutil.rmtree(tmp_path / name / "checkpoint/step-4")
+        resumed, output = train(kind, tmp_path / name, **how)
+        assert "step-2" in output
+        assert_close(list(resumed.values()), [whole[3], whole[4]], rtol=0, atol=2e-5)
+    one = {"training__steps": 1}
+    again = [train(tmp_path / "staged/hf", tmp_path / f"{len(x)}", **x, **one)[0] for x in ({}, pp)]
+    assert_close(again[1][1], again[0][1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

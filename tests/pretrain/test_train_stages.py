@@ -286,7 +286,7 @@ def test_torchtitans_own_model_is_cut_into_stages(tmp_path):
 
 
 REFUSED = {
-    "transformers": (["--model.hf", "llama"], "models of transformers are run whole"),
+    "transformers": (["--model.hf", "zaya"], "zaya .*, but its model has weights around"),
     "family": (["--config", "gemma4_tiny"], "layers of gemma4 are not cut"),
     "layers": ([f"{P}degree", "8"], "8 stages for 4 layers"),
     "no layers": ([f"{P}first_stage_less_layers", "9"], "first_stage_less_layers 9"),

@@ -82,13 +82,14 @@ class Staged:
         *,
         family=LLAMA,
         config=CONFIG,
+        spec=None,
         compile=False,
         ac=None,
     ):
         self.dims = ParallelDims.from_config(parallelism, world)
         self.dims.build_mesh()
         self.mesh = ParallelMesh.from_parallel_dims(self.dims)
-        spec, section = spec_of(family, "small", config), Section()
+        spec, section = spec or spec_of(family, "small", config), Section()
         training = TrainingConfig(
             local_batch_size=len(MICROBATCHES) // self.mesh.size("batch"),
             seq_len=SEQ_LEN,
