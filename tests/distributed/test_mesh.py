@@ -226,6 +226,8 @@ def test_axes_of_other_names_or_another_order_are_refused(mesh):
         other = init_device_mesh("cpu", (1, 2), mesh_dim_names=names)
         with pytest.raises(ValueError, match="in this order, got mesh_dim_names="):
             ParallelMesh.from_device_mesh(other)
+        with pytest.raises(ValueError, match=r"sharded over one axis, got .* slice it"):
+            ParallelMesh.of_sequence(other)
     with pytest.raises(ValueError, match="in this order"):
         ParallelMesh.from_device_mesh(init_device_mesh("cpu", (2,)))
 

@@ -272,6 +272,8 @@ def test_cross_attention_to_documents_that_do_not_pair_is_refused():
         batch_metadata(mixer, Documents(((1, 2, 1), (4,)), 4), memory=memory)
     with pytest.raises(ValueError, match="2 rows of memory for a batch of 1"):
         batch_metadata(mixer, Documents(((1, 2),), 4), memory=memory)
+    with pytest.raises(TypeError, match="memory of a batch takes documents of Documents"):
+        batch_metadata(mixer, Documents(((1, 2),), 4), memory=((3, 5),))
     with pytest.raises(ValueError, match="got memory=None"):
         batch_metadata(mixer, Documents(((1, 2),), 4))
     with pytest.raises(TypeError, match="Masks are combined where they are of one sequence"):

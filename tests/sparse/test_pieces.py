@@ -9,10 +9,11 @@ from dtcp.recurrent.metadata import conv_metadata, delta_metadata
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import HeadTail
 from dtcp.sequence.mask_work import MaskWork
 from dtcp.sequence.masks import Causal
 from dtcp.sequence.row_layouts import layout_of_batch, line_of
-from dtcp.sparse.metadata import Compression
+from dtcp.sparse.metadata import Compression, sparse_metadata
 from dtcp.sparse.pieces import pieces_metadata
 
 NOTHING = -2
@@ -186,3 +187,32 @@ def test_tables_of_balanced_batches_have_one_shape_however_rows_are_cut(rows, ra
         )
         shapes.add(tuple(x.shape for each in made for x in each.tensors()))
     assert len(shapes) == 1
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_tables_of_segments_are_those_of_the_rule(rank):
+    """Runs of keys and entries, and of the queries that read each; keys follow their halo."""
+    window, halo, each = 5, 4, 6
+    documents, layout = Documents(((11, 2, 14), (30,)), 36), HeadTail(36, 3)
+    segments, tokens = [layout.segments(r) for r in range(3)], layout.token_indices(rank).tolist()
+    made = sparse_metadata(Coords.of(documents), segments, rank, window, Compression(3), halo=True)
+    keys = made.key_token_index.tolist()
+    for row, document in enumerate(documents.document().tolist()):
+        closing = made.closing[row].tolist()
+        key_readers, entry_readers = ([set() for _ in x] for x in (keys, closing))
+        for slot, token in enumerate(tokens):
+            own, mine = slot // each * (halo + each), document[token]
+            reads, sees = set(), set()
+            if mine >= 0:
+                places = range(own, own + halo + each)
+                inside = (k for k in places if token - window < keys[k] <= token and keys[k] >= 0)
+                reads = {k for k in inside if document[keys[k]] == mine}
+                sees = {e for e, c in enumerate(closing) if c <= token and document[c] == mine}
+            assert set(range(*made.key_run[row, slot].tolist())) == reads
+            run = set(range(*made.entry_run[row, slot].tolist()))
+            assert sees <= run and all(closing[e] == NOWHERE for e in run - sees)
+            for readers, read in ((key_readers, reads), (entry_readers, sees)):
+                for place in read:
+                    readers[place].add(slot)
+        assert [set(range(*run)) for run in made.key_readers[row].tolist()] == key_readers
+        assert [set(range(*run)) for run in made.entry_readers[row].tolist()] == entry_readers
