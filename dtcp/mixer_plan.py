@@ -47,6 +47,7 @@ def apply_plan(
     if mesh is not None and mesh.size() > 1:
         _check_router_losses(model, mesh)
         _warn_of_dropout(model)
+        _warn_of_shared_scales(model)
         _check_nodes(mesh, plan.values())
         apply_styles(model, mesh, plan)
     else:
@@ -154,6 +155,21 @@ def dropout_of(module: nn.Module) -> float:
 
 
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+
+def _warn_of_shared_scales(model: nn.Module) -> None:
+    """Say which float8 layer has a scale for all tokens that it is given: a rank gives its own."""
+    for name, module in model.named_modules():
+        # As torchao (0.18) says it, of the input.
+        cast = getattr(getattr(module, "config", None), "cast_config_input", None)
+        if getattr(getattr(cast, "scaling_granularity", None), "value", "") == "tensorwise":
+            warnings.warn(
+                f"A scale of all tokens of a call depends on the ranks that a row is cut for, got "
+                f"{name!r} ({type(module).__name__}) with one scale per tensor: give each token "
+                f"one, as torchao's recipe 'rowwise' does.",
+                stacklevel=3,
+            )
+            return
 
 
 def _warn_of_dropout(model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """What a plan says of a model, on one device and on many."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 from torch import nn
@@ -29,6 +30,23 @@ def test_dropout_of_a_model_whose_rows_are_cut_is_warned_of(mesh):
     with warnings.catch_warnings(action="error"):
         applied(mesh, nn.Dropout(0.0), nn.Dropout(0.1).eval())
         applied(None, nn.Dropout(0.1))
+
+
+@spmd(ranks=2)
+def test_a_scale_for_all_tokens_of_a_rank_is_warned_of(mesh):
+    """As a float8 layer of torchao has it where nobody has named a recipe."""
+
+    def scaled(by):
+        layer, granularity = nn.Linear(2, 2), SimpleNamespace(value=by)
+        cast = SimpleNamespace(scaling_granularity=granularity)
+        layer.config = SimpleNamespace(cast_config_input=cast)
+        return layer
+
+    with pytest.warns(UserWarning, match=r"got '2' \(Linear\) with one scale per tensor: give"):
+        applied(mesh, scaled("axiswise"), scaled("tensorwise"))
+    with warnings.catch_warnings(action="error"):
+        applied(mesh, scaled("axiswise"))
+        applied(None, scaled("tensorwise"))
 
 
 @spmd(ranks=2)

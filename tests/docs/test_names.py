@@ -60,6 +60,7 @@ FOREIGN = frozenset(
         "convert_to_float8_training",
         "rowwise_with_gw_hp",
         "QATConfig",
+        "Float8LinearConverter",
         "apply_liger_kernel_to_llama",
     ]
 )
