@@ -24,7 +24,7 @@ from dtcp.huggingface.token_dropouts import drops
 from dtcp.parallelize import Compile, parallelize_hf
 from dtcp.parallelize.plans.huggingface import RECURRENT
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
-from dtcp.parallelize.plans.picked_latents import carried_out_by
+from dtcp.parallelize.plans.mixer_styles import carried_out_by
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sharded_batch import ShardedBatch

@@ -50,7 +50,7 @@ from dtcp.parallelize.hf_experts import (
 )
 from dtcp.parallelize.plans.adapters import adapted_model
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
-from dtcp.parallelize.plans.picked_latents import mixer_styles
+from dtcp.parallelize.plans.mixer_styles import mixer_styles
 from dtcp.parallelize.stage_plan import plan_of_hf_stage
 from dtcp.parallelize.tensor_parallel import LatentHeads, LocalParams, separate_gate_and_up
 from dtcp.parallelize.tied_parameters import (

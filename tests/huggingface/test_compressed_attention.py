@@ -23,7 +23,7 @@ from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.mixer import ClaimedMixer
 from dtcp.mixer_metadata import batch_metadata
 from dtcp.parallelize import Compile, SelectiveCheckpoint, parallelize_hf
-from dtcp.parallelize.plans.picked_latents import carried_out_by
+from dtcp.parallelize.plans.mixer_styles import carried_out_by
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail

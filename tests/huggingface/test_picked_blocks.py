@@ -17,7 +17,7 @@ from dtcp.huggingface import install_mixers
 from dtcp.huggingface.registry import MIXER
 from dtcp.mixer_metadata import batch_metadata
 from dtcp.parallelize import Compile
-from dtcp.parallelize.plans.picked_latents import carried_out_by
+from dtcp.parallelize.plans.mixer_styles import carried_out_by
 from dtcp.recurrent import CausalConv1d
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.document_balanced import DocumentBalanced

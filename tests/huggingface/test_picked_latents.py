@@ -14,7 +14,7 @@ from dtcp.huggingface.registry import MIXER
 from dtcp.mixer_metadata import batch_metadata
 from dtcp.parallelize import Compile, SelectiveCheckpoint
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
-from dtcp.parallelize.plans.picked_latents import carried_out_by
+from dtcp.parallelize.plans.mixer_styles import carried_out_by
 from dtcp.parallelize.tensor_parallel import LatentHeads
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.per_document import PerDocument
