@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -34,3 +35,32 @@ def fake_tensors() -> FakeTensorMode:
 
 real_tensors = unset_fake_temporarily
 """Inside fake tensors' mode, a stretch in which the host reads tables (2.11-2.15)."""
+
+
+class SizingTrials:
+    """True while DTensor runs an op on whole tensors, to know the sizes of its result."""
+
+    def __init__(self) -> None:
+        self._running = 0
+
+    def __bool__(self) -> bool:
+        return self._running > 0
+
+    def __enter__(self) -> None:
+        self._running += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._running -= 1
+
+
+@contextmanager
+def noted_trials(trials: SizingTrials) -> Iterator[None]:
+    """Inside, DTensor's trials are noted, by the lock that it takes for them (2.13)."""
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+    propagator: Any = ShardingPropagator
+    before, propagator._fake_mode_lock = propagator._fake_mode_lock, trials
+    try:
+        yield
+    finally:
+        propagator._fake_mode_lock = before

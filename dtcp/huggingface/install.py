@@ -56,7 +56,14 @@ ARGUMENTS = (
 """What a model with mixers may be called with; the last one only to switch it off."""
 
 
-def install_mixers(model: Any, *, shared_prompts: bool = False) -> Survey:
+def survey_of(model: Any) -> Survey:
+    """What `install_mixers` goes by; of a model on the meta device, by a copy with weights."""
+    return survey_on_meta(model) if next(model.parameters()).is_meta else survey(model)
+
+
+def install_mixers(
+    model: Any, *, shared_prompts: bool = False, surveyed: Survey | None = None
+) -> Survey:
     """Make a model attend by mixers, one per attention module; refuse what mixers cannot do.
 
     Parameters keep their names. On one device the model computes what it did before; its forward
@@ -65,13 +72,14 @@ def install_mixers(model: Any, *, shared_prompts: bool = False) -> Survey:
 
     Args:
         shared_prompts: let answers share a prompt in rows that say so (shared_prompts.py).
+        surveyed: of a model that is its like, which need not be surveyed again.
     Raises:
         ValueError: the model mixes tokens in a way that cannot be sharded, or in which answers
             cannot share a prompt; names the layers.
     """
     check_has_no_mixers(model)
     before = {key: x._attn_implementation for key, x in _inner_configs(model)}
-    result = survey_on_meta(model) if next(model.parameters()).is_meta else survey(model)
+    result = surveyed or survey_of(model)
     result.check()
     if shared_prompts:
         result = surveyed_with_prompts(model, result)
@@ -88,10 +96,7 @@ def install_mixers(model: Any, *, shared_prompts: bool = False) -> Survey:
     install_token_dropouts(model, result.dropouts)
     for module in own_attentions(model):
         use_registry(model, module)
-    for name in result.givers:
-        pass_metadata_as_mask(name, model.get_submodule(name))
-    if result.base_unread:
-        pass_metadata_to_base(model)
+    _pass_metadata(model, result)
     if result.pooled_head is not None:
         install_pooled_head(model, result.pooled_head)
     install_row_heads(model, result.row_heads)
@@ -116,6 +121,13 @@ def install_mixers(model: Any, *, shared_prompts: bool = False) -> Survey:
         wrap_forward(model, leave_out_own_balance)
     wrap_forward(model, _checked_forward)
     return result
+
+
+def _pass_metadata(model: Any, result: Survey) -> None:
+    for name in result.givers:
+        pass_metadata_as_mask(name, model.get_submodule(name))
+    if result.base_unread:
+        pass_metadata_to_base(model)
 
 
 def _check_inner_calls(model: Any, result: Survey) -> None:

@@ -1,7 +1,7 @@
 """Bytes by mesh axis: of torch's collectives, of weights, and of tokens on their way to experts."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -12,7 +12,7 @@ from dtcp.distributed.moves import Moved
 from dtcp.distributed.ops import moves_of
 from dtcp.planner.even_routes import EXPERT_OPS, ExpertMoves
 from dtcp.planner.setup import Setup
-from dtcp.planner.sharded_weights import sharding_ranks
+from dtcp.planner.sharded_weights import Unit, sharding_ranks
 from dtcp.planner.step import StepNumbers, TracedStep
 from dtcp.planner.trace import OpCall
 
@@ -45,24 +45,29 @@ def torch_bytes(step: StepNumbers, setup: Setup) -> dict[str, AxisBytes]:
         if size:
             times = size * step.times(place.part) * setup.micro_batches
             by_axis[axis] += AxisBytes(*((0, times) if place.backward else (times, 0)))
-    by_axis["fsdp"] += _weight_bytes(step, setup, spread=False)
-    if setup.degrees.ep > 1:
-        by_axis["edp"] += _weight_bytes(step, setup, spread=True)
+    for axis, moved in weight_bytes(step.units, setup).items():
+        by_axis[axis] += moved
     if setup.degrees.dp_replicate > 1:
         by_axis["dp_replicate"] += _replica_bytes(step, setup)
     return dict(by_axis)
 
 
-def _weight_bytes(step: StepNumbers, setup: Setup, *, spread: bool) -> AxisBytes:
+def weight_bytes(units: Sequence[Unit], setup: Setup) -> dict[str, AxisBytes]:
     """Gathers of every unit, again before backward where it was freed, and sums of gradients.
 
-    Args:
-        spread: count the weights that are spread over ep, which edp shards; else those of fsdp.
+    Weights that are spread over ep are sharded over edp, others over fsdp.
     """
+    moved = {"fsdp": _weight_bytes(units, setup, spread=False)}
+    if setup.degrees.ep > 1:
+        moved["edp"] = _weight_bytes(units, setup, spread=True)
+    return moved
+
+
+def _weight_bytes(units: Sequence[Unit], setup: Setup, *, spread: bool) -> AxisBytes:
     degrees, precision = setup.degrees, setup.precision
     ranks = sharding_ranks(degrees, spread=spread)
     there = back = 0
-    for unit in step.units:
+    for unit in units:
         gather = (ranks - 1) * unit.kept(degrees, spread=spread)
         summed = unit.summed(degrees, precision, spread=spread)
         back += unit.count * (ranks - 1) * summed

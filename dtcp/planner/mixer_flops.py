@@ -15,7 +15,15 @@ from dtcp.softmax.metadata import KeyExchangeMetadata
 
 CHUNK = 64
 """Tokens that kernels of the delta rule work on at once."""
-GROUPED_PRODUCTS = frozenset(["dtcp::grouped_linear", "dtcp::grouped_weight_gradient"])
+OF_TRANSFORMERS = frozenset(
+    [
+        "aten::_grouped_mm",
+        "transformers::grouped_mm_fallback",
+        "transformers::grouped_mm_fallback_backward",
+    ]
+)
+"""Matmuls of experts in transformers' models, which torch's counter does not know (2.13)."""
+GROUPED_PRODUCTS = OF_TRANSFORMERS | {"dtcp::grouped_linear", "dtcp::grouped_weight_gradient"}
 """Matmuls of experts, by name of the op."""
 BACKWARD = 2.5
 """Matmuls of attention's backward over those of its forward: five for two."""
@@ -25,6 +33,8 @@ MADE_AGAIN = 3
 
 def mixer_flops(op: OpOverload, args: Sequence[Any]) -> int:
     """FLOPs of one call; 0 for an op that computes nothing to speak of."""
+    if op.name() in OF_TRANSFORMERS:
+        return _grouped_mm(args[0], args[1], backward=op.name().endswith("_backward"))
     name = op.name().partition("::")[2]
     backward = name.endswith("_backward")
     name = name.removesuffix("_backward")
@@ -47,6 +57,13 @@ def mixer_flops(op: OpOverload, args: Sequence[Any]) -> int:
         tiles = BlockSight(*call["sight"]).tiles
         return _indexer(call["q"], tiles, call["num_blocks"] * call["block_len"])
     return 0
+
+
+def _grouped_mm(a: Tensor, b: Tensor, *, backward: bool) -> int:
+    """Where one of both is in groups, each row or column of the other meets one of them."""
+    groups = a.shape[0] if a.ndim == b.ndim == 3 else 1
+    forward = 2 * groups * a.shape[-2] * a.shape[-1] * b.shape[-1]
+    return 2 * forward if backward else forward
 
 
 def _attention(name: str, call: Mapping[str, Any], *, backward: bool) -> int:

@@ -9,7 +9,7 @@ from dtcp.parallelize import FullCheckpoint, SelectiveCheckpoint
 from dtcp.planner.axis_bytes import AxisBytes
 from dtcp.planner.cluster import GB, Cluster
 from dtcp.planner.forecast import Forecast
-from dtcp.planner.search import Candidate, Search
+from dtcp.planner.search import SHOWN, Candidate, Search
 from dtcp.planner.setup import Setup
 from dtcp.planner.workload import Workload
 from dtcp.sequence.documents import Documents
@@ -53,10 +53,6 @@ def mesh_name(setup: Setup) -> str:
     return (" x ".join(wide) or "one rank") + spread
 
 
-SHOWN = 12
-"""How many setups of a kind a report lists."""
-
-
 def text_report(workload: Workload, cluster: Cluster, search: Search) -> list[str]:
     """Ranked setups with what bounds each; what does not fit; and what was not tried, and why."""
     documents, model = workload.documents, search.best.forecast
@@ -88,6 +84,12 @@ def text_report(workload: Workload, cluster: Cluster, search: Search) -> list[st
             "",
             f"not looked at: {search.passed} meshes with a larger cp than one that fits, which "
             f"move more and compute as much",
+        ]
+    if search.outdone:
+        lines += [
+            "",
+            f"not looked at: {search.outdone} meshes whose steps take longer than those above, "
+            f"by their weights' transfers or by what others of their tp and ep do",
         ]
     if search.refused:
         lines += ["", "not possible:"]
@@ -224,6 +226,7 @@ def as_json(workload: Workload, cluster: Cluster, search: Search) -> dict[str, A
         "assumptions": cluster.assumptions(),
         "candidates": [_candidate_json(each, cluster) for each in search.candidates],
         "passed": search.passed,
+        "outdone": search.outdone,
         "too_large": [
             {"mesh": _mesh_json(x.setup), "needs_at_least": x.needs} for x in search.too_large
         ],

@@ -84,13 +84,21 @@ class RowForecasts:
         Raises:
             ValueError, TypeError: the model does not take this mesh.
         """
+        return least_memory(self.units(setup), setup)
+
+    def units(self, setup: Setup) -> list[Unit]:
+        """The weights of a rank, known before a step is run.
+
+        Raises:
+            ValueError, TypeError: the model does not take this mesh.
+        """
         degrees = setup.degrees
         key = (degrees.tp, degrees.ep, degrees.etp, setup.precision, setup.reshard)
         if key not in self._units:
             one_row = replace(degrees, dp_replicate=1, dp_shard=degrees.ep, cp=1)
             alone = replace(setup, degrees=one_row)
             self._units[key] = _units_or_refusal(self.subject, alone)
-        return least_memory(_or_raise(self._units[key]), setup)
+        return _or_raise(self._units[key])
 
     @cached_property
     def expert_counts(self) -> frozenset[int]:

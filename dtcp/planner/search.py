@@ -1,10 +1,11 @@
 """Try meshes, strategies, layouts and checkpointing; rank what fits, and say what does not."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 
 from dtcp.distributed.mesh import Degrees
+from dtcp.planner.bounds import LeastSeconds
 from dtcp.planner.cluster import Cluster
 from dtcp.planner.forecast import Forecast, assembled
 from dtcp.planner.row_forecasts import RowForecasts
@@ -16,6 +17,12 @@ from dtcp.planner.workload import Workload
 
 MOST_ROW_FORECASTS = 24
 """Forecasts beyond which meshes that others make pointless are skipped."""
+
+SHOWN = 12
+"""How many setups of a kind a report lists."""
+
+AT_ONCE = 4
+"""Columns of meshes that differ in cp that are looked at before others are left out."""
 
 REFINED = 3
 """How many of the best meshes are tried in other ways."""
@@ -76,6 +83,8 @@ class Search:
     too_large: tuple[TooLarge, ...] = ()
     passed: int = 0
     """Meshes that were not forecast, because one with a smaller cp fits."""
+    outdone: int = 0
+    """Meshes that were not forecast, because the best SHOWN take less time than they can."""
 
     @property
     def best(self) -> Candidate:
@@ -147,27 +156,61 @@ class Planner:
         meshes = list(self.space.meshes())
         self.say(f"tries {len(meshes)} meshes")
         small, sifted = self.sift(self.space.plain(degrees) for degrees in meshes)
-        few = self.row_forecasts.count(small) <= MOST_ROW_FORECASTS
-        worth = small if few else self._narrow(small)
+        if self.row_forecasts.count(small) <= MOST_ROW_FORECASTS:
+            worth, outdone = small, 0
+        else:
+            worth, outdone = self._narrow(small)
         if not worth:
             # So that the report can say how much memory is missing.
             worth = [each.setup for each in sifted.too_large[:2]]
             sifted = replace(sifted, too_large=sifted.too_large[2:])
-        passed = len(small) - len(worth) if small else 0
-        plain = replace(self.ranked(worth, sifted), passed=passed)
+        passed = len(small) - len(worth) - outdone if small else 0
+        plain = replace(self.ranked(worth, sifted), passed=passed, outdone=outdone)
         best = plain.candidates[:REFINED]
+        self._say_best(plain.candidates)
         self.say(f"tries other strategies, layouts and checkpointing on the best {len(best)}")
         return self.ranked(
             (setup for candidate in best for setup in self.space.variants(candidate.setup)), plain
         )
 
-    def _narrow(self, setups: Iterable[Setup]) -> list[Setup]:
+    def _narrow(self, setups: Iterable[Setup]) -> tuple[list[Setup], int]:
+        """Meshes worth a forecast, and how many others cannot be among the best.
+
+        The columns that promise most come first. Once as many meshes fit as are shown, a column
+        whose least time is longer than theirs is left out.
+        """
+        columns = _columns_of(setups)
+        least, open_keys = LeastSeconds(self.cluster), list(columns)
+        worth: dict[tuple[int, int, bool], list[Setup]] = {}
+        found: list[Candidate] = []
+
+        def least_of(key: tuple[int, int, bool]) -> float:
+            return min(least.of(each, self.row_forecasts.units(each)) for each in columns[key])
+
+        while open_keys:
+            open_keys.sort(key=least_of)
+            taken, open_keys = open_keys[:AT_ONCE], open_keys[AT_ONCE:]
+            worth |= self._narrow_columns({key: columns[key] for key in taken})
+            tried = [setup for key in taken for setup in worth[key]]
+            self.row_forecasts.prepare(tried, self.say)
+            found += [each for each in map(self._candidate_or_none, tried) if each is not None]
+            for each in found:
+                least.note(each.forecast, each.time)
+            found.sort(key=lambda candidate: candidate.score, reverse=True)
+            self._say_best(found)
+            if len(found) >= SHOWN and (last := found[SHOWN - 1]).fits:
+                open_keys = [key for key in open_keys if least_of(key) <= last.time.total]
+        outdone = sum(len(column) for key, column in columns.items() if key not in worth)
+        return [setup for key in columns if key in worth for setup in worth[key]], outdone
+
+    def _narrow_columns(
+        self, columns: Mapping[tuple[int, int, bool], list[Setup]]
+    ) -> dict[tuple[int, int, bool], list[Setup]]:
         """Of meshes that differ in cp alone: the smallest cp that fits, and those beside it.
 
         A larger cp computes as much and moves more; memory falls as it grows, so it is found by
         halves.
         """
-        columns = _columns_of(setups)
         spans = {key: (0, len(column)) for key, column in columns.items()}
         while middles := {key: sum(span) // 2 for key, span in spans.items() if span[0] < span[1]}:
             looked_at = [columns[key][middle] for key, middle in middles.items()]
@@ -177,11 +220,15 @@ class Planner:
                 # A cp that is refused is too large for the row.
                 goes_on = self._fits(columns[key][middle]) is False
                 spans[key] = (middle + 1, high) if goes_on else (low, middle)
-        return [
-            setup
+        return {
+            key: columns[key][max(0, smallest - 1) : smallest + 2]
             for key, (smallest, _) in spans.items()
-            for setup in columns[key][max(0, smallest - 1) : smallest + 2]
-        ]
+        }
+
+    def _say_best(self, found: Sequence[Candidate]) -> None:
+        if found and found[0].fits:
+            best = found[0]
+            self.say(f"best so far {best.tokens_per_second:,.0f} tokens/s, {best.setup.degrees}")
 
     def has_room(self) -> bool:
         """Whether any mesh fits, in its plain way."""
@@ -199,8 +246,12 @@ class Planner:
 
     def _fits(self, setup: Setup) -> bool | None:
         """None: it is refused."""
+        candidate = self._candidate_or_none(setup)
+        return candidate.fits if candidate is not None else None
+
+    def _candidate_or_none(self, setup: Setup) -> Candidate | None:
         try:
-            return self.candidate(setup).fits
+            return self.candidate(setup)
         except (ValueError, TypeError):
             return None
 

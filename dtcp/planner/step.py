@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
-from dtcp._torch.fakes import fake_tensors
+from dtcp._torch.fakes import SizingTrials, fake_tensors, noted_trials
 from dtcp._torch.tensors import storage_key
 from dtcp.distributed.groups import axis_group_name, group_name
 from dtcp.distributed.mesh import ParallelMesh
@@ -195,7 +195,8 @@ def _run(
     """What a step does, and the ids of the parameters that get a gradient."""
     model.train()
     leave_out_dropout(model)  # it reads a key for each token, and these tokens are fake
-    recorder = StepRecorder(sharded.attn_metadata, fake=True)
+    trials = SizingTrials()
+    recorder = StepRecorder(sharded.attn_metadata, fake=True, trials=trials)
     recorder.ignore([*model.parameters(), *model.buffers(), *local.values()])
     gradients = _Gradients(recorder, model, plan)
     blocks = {name: model.get_submodule(name) for name in names}
@@ -208,6 +209,7 @@ def _run(
             stack.callback(p.register_post_accumulate_grad_hook(gradients.note).remove)
         for hook in follow_blocks(lambda: recorder, blocks, gradients.leave):
             stack.callback(hook.remove)
+        stack.enter_context(noted_trials(trials))
         stack.enter_context(fake)
         stack.enter_context(recorder)
         logits = subject.logits(model, local, sharded)

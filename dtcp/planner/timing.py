@@ -1,5 +1,6 @@
 """A model of how long a step takes: compute, transfers, and how much of these is waited for."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dtcp.distributed.mesh import Degrees
@@ -52,9 +53,7 @@ def step_time(forecast: Forecast, cluster: Cluster) -> StepTime:
     mixers, cp = max(ranks, key=lambda pair: max(pair) if ring else sum(pair))
     degrees = setup.degrees
     tp = _seconds(forecast.by_axis.get("tp", AxisBytes()), degrees.tp, 1, cluster)
-    fsdp = 0.0
-    for axis, (holders, stride) in _axes_of_weights(degrees).items():
-        fsdp += _seconds(forecast.by_axis.get(axis, AxisBytes()), holders, stride, cluster)
+    fsdp = weight_seconds(forecast.by_axis, degrees, cluster)
     exposed = {
         "cp": max(0.0, cp - mixers) if ring else cp,
         "tp": tp,
@@ -62,6 +61,14 @@ def step_time(forecast: Forecast, cluster: Cluster) -> StepTime:
         "fsdp": max(0.0, fsdp - matmuls - mixers),
     }
     return StepTime(matmuls, mixers, exposed)
+
+
+def weight_seconds(by_axis: Mapping[str, AxisBytes], degrees: Degrees, cluster: Cluster) -> float:
+    """Transfers of weights and of their gradients, one after the other."""
+    return sum(
+        _seconds(by_axis.get(axis, AxisBytes()), holders, stride, cluster)
+        for axis, (holders, stride) in _axes_of_weights(degrees).items()
+    )
 
 
 def _cp_seconds(forecast: Forecast, rank: RankForecast, cluster: Cluster) -> float:

@@ -17,7 +17,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import flop_registry
 
-from dtcp._torch.fakes import real_tensors
+from dtcp._torch.fakes import SizingTrials, real_tensors
 from dtcp._torch.ops import OpOverload, TorchDispatchMode, packet_of
 from dtcp._torch.tensors import flat_leaves, put_back, storage_key
 from dtcp.distributed.dtensor_rules import bind
@@ -122,10 +122,18 @@ class StepRecorder(TorchDispatchMode):
     Args:
         metadata: of the batch that is run; its tensors are recognized in the calls.
         fake: tensors have no data, so every expert gets equally many tokens.
+        trials: true while DTensor tries an op on whole tensors, which a rank never has.
     """
 
-    def __init__(self, metadata: BatchMetadata, *, fake: bool = False) -> None:
+    def __init__(
+        self,
+        metadata: BatchMetadata,
+        *,
+        fake: bool = False,
+        trials: SizingTrials | None = None,
+    ) -> None:
         super().__init__()
+        self.trials = trials
         self.trace, self.place, self.live = Trace(), Place(), 0
         self.fake, self.routes = fake, EvenRoutes()
         self.grads = 0
@@ -183,6 +191,8 @@ class StepRecorder(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             # What it does is dispatched again, on local tensors.
             return NotImplemented
+        if self.trials:
+            return func(*args, **(kwargs or {}))
         kwargs, name = kwargs or {}, func.name()
         if self.fake and name == ROUTE:
             out = self.routes(func, args, kwargs)
@@ -192,8 +202,6 @@ class StepRecorder(TorchDispatchMode):
                 out = func(*args)
         else:
             out = func(*args, **kwargs)
-        if self.fake and _is_trial(out):
-            return out
         if name in GROUPED_PRODUCTS:
             self.trace.flops[self.place] += mixer_flops(func, args)
         elif name.startswith("dtcp::"):
@@ -245,11 +253,6 @@ class StepRecorder(TorchDispatchMode):
     def _let_go(self, key: int) -> None:
         self.live -= self._alive.pop(key, 0)
         self.grads -= self._of_weights.pop(key, 0)
-
-
-def _is_trial(out: Any) -> bool:
-    """Whether DTensor has tried an op on whole tensors, to know its result's shape."""
-    return any(type(x) is Tensor and x.device.type == "meta" for x in flat_leaves(out)[0])
 
 
 def _collective_bytes(func: OpOverload, args: Any, kwargs: Any) -> tuple[str, int]:

@@ -48,6 +48,23 @@ def test_ranks_compute_together_what_one_device_would(attention, layout, documen
     assert sum(rank.flops for rank in stated.ranks) == config.num_layers * sum(total)
 
 
+def matmuls(subject, **degrees):
+    setup = Setup(Degrees(**degrees), ROWS, checkpoint=NoCheckpoint())
+    return sum(forecast(subject, setup, ranks=[0]).matmul_flops.values())
+
+
+def test_ranks_of_tp_share_the_matmuls_of_a_rank_without():
+    """What DTensor tries on whole tensors was counted: 5.8 times too many with tp 8."""
+    subject = FamilyModel("tiny", "llama", llama.tiny())
+    assert 2 * matmuls(subject, cp=2, tp=2) == matmuls(subject, cp=2)
+
+
+def test_experts_of_transformers_compute_as_much_on_ranks_of_their_own():
+    """Without ep their products were not counted, and a search preferred to have none."""
+    subject = HuggingFaceModel("moe", small_config("qwen3_moe", {}).config)
+    assert matmuls(subject, cp=2) == matmuls(subject, cp=2, ep=2)
+
+
 class Counted(TorchDispatchMode):
     """FLOPs of the ops of mixers that are called inside, by name."""
 
