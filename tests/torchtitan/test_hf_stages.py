@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torchtitan.distributed.activation_checkpoint import FullAC
 from transformers import AutoModelForCausalLM
 
 from dtcp.check.true_fp64 import TrueFP64
@@ -72,14 +73,14 @@ class StagedHF(Staged):
 
 
 def assert_equals_one_device(kind: str, schedule: str, degrees: dict, options: dict) -> None:
-    fields = {key: x for key, x in options.items() if key != "compile"}
-    how = {key: x for key, x in options.items() if key == "compile"}
+    how = {key: x for key, x in options.items() if key in ("compile", "ac")}
+    fields = {key: x for key, x in options.items() if key not in how}
     world = 2 * math.prod(degrees.values()) if len(degrees) > 1 else 4
     with tempfile.TemporaryDirectory() as folder:
         spec = huggingface_spec(source_of(kind, folder, **fields))
         staged = StagedHF(parallelism_of(schedule, **{"pp": 2} | degrees), world, spec=spec, **how)
-        # A compiled graph has no room for what makes casts of the model's own ones to fp64.
-        with nullcontext() if "compile" in how else TrueFP64():
+        # Neither graphs nor recomputation have room for what casts to fp64 where a model says fp32.
+        with nullcontext() if how else TrueFP64():
             assert_trains(staged, plain_model(spec.model.source))
 
 
@@ -110,6 +111,7 @@ TIED = {"tie_word_embeddings": True}
 CASES = {
     "llama on cp": ("llama", "1F1B", {"cp": 2}, {}),
     "llama, compiled": ("llama", "Interleaved1F1B", {"cp": 2}, {"compile": True}),
+    "qwen2, recomputed": ("qwen2", "Interleaved1F1B", {}, {"ac": FullAC.Config()}),
     "qwen3 on tp": ("qwen3", "1F1B", {"tp": 2}, TIED),
     # A width whose root, by which it scales embeddings, is the same in fp32.
     "gemma3_text on cp": ("gemma3_text", "Interleaved1F1B", {"cp": 2}, {"hidden_size": 64}),
