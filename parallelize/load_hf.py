@@ -103,6 +103,10 @@ def _read_names(
     if left_over and not isinstance(weights, Mapping):
         check_not_quantized(Path(weights), left_over)
     _check_names(model, [], left_over)
+    for name, first in weights_elsewhere(model).tied:
+        if name in files and first in files:
+            # Each end of the model has one of them; all stages see both.
+            _check_shared(model, (name, files[name]), (first, files[first]))
     return files, groups
 
 

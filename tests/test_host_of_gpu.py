@@ -16,8 +16,7 @@ from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.mixer_metadata import batch_metadata
 from dtcp.mixer_plan import apply_plan
-from dtcp.parallelize.plans.families import FAMILY_PLANS
-from dtcp.planner.subject import FAMILIES
+from dtcp.parallelize.plans.families import FAMILIES
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
@@ -121,7 +120,7 @@ def test_a_step_of_a_model_on_gpus_waits_for_nothing(family, strategy, layout):
         mesh = ParallelMesh.from_degrees(Degrees(cp=RANKS), "cuda")
         with torch.device("meta"):
             model = FAMILIES[family].model(config).bfloat16()
-        apply_plan(model, mesh.cp, FAMILY_PLANS[family](config, mesh, strategy, layout).cp)
+        apply_plan(model, mesh.cp, FAMILIES[family].plan(config, mesh, strategy, layout).cp)
         # A plan is applied once, and ranks compare what they know.
         gpu.found.clear()
         local, sharded = sharded_on(mesh, layout, model, batch, documents)

@@ -29,8 +29,7 @@ from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.models import deepseek_v4, gemma4, llama, qwen3_5
 from dtcp.parallelize import Compile, parallelize
-from dtcp.parallelize.plans.families import FAMILY_PLANS
-from dtcp.planner.subject import FAMILIES
+from dtcp.parallelize.plans.families import FAMILIES
 from dtcp.sequence.layout import HeadTail
 from dtcp.softmax import AllGatherAttention, RingAttention, UlyssesAttention
 
@@ -107,7 +106,7 @@ def compared(step: Step, device: str) -> dict[str, Any]:
     alone = copy.deepcopy(model)
     expected = _step_alone(alone, config.vocab_size, device)
     mesh = ParallelMesh.from_degrees(step.degrees, device)
-    plan = FAMILY_PLANS[step.family](config, mesh, STRATEGIES[step.strategy], HeadTail)
+    plan = FAMILIES[step.family].plan(config, mesh, STRATEGIES[step.strategy], HeadTail)
     parallelize(model, mesh, plan, compile=Compile() if step.compiled else None)
     loss = _step_on(model, mesh, config.vocab_size, device)
     grads = [(x.grad, y.grad) for x, y in zip(model.parameters(), alone.parameters(), strict=True)]

@@ -121,10 +121,12 @@ class Elsewhere:
     Args:
         weights: names of what other stages hold.
         copies: names of its own that other stages train.
+        tied: of each weight that both ends hold, its name in the last stage and in the first one.
     """
 
     weights: frozenset[str] = frozenset()
     copies: frozenset[str] = frozenset()
+    tied: tuple[tuple[str, str], ...] = ()
 
 
 def weights_elsewhere(model: nn.Module) -> Elsewhere:
@@ -144,7 +146,7 @@ def keep_stage(model: Any, stage: HFStage) -> None:
     """
     cut, whole = stage.cut, set(model.state_dict())
     layers = model.get_submodule(cut.layers)
-    copies = frozenset[str]() if stage.is_first else _copies(model, cut)
+    tied = _tied_ends(model, cut)
     for number, layer in list(layers.named_children()):
         if int(number) not in stage.numbers:
             setattr(layers, number, LayerStandIn(layer, cut.outputs))
@@ -153,17 +155,20 @@ def keep_stage(model: Any, stage: HFStage) -> None:
         module = model.get_submodule(parent)
         setattr(module, child, EndStandIn(getattr(module, child)))
     own = set(model.state_dict())
-    vars(model)[_ELSEWHERE] = Elsewhere(frozenset(whole - own), copies & own)
+    copies = () if stage.is_first else (name for name, _ in tied if name in own)
+    vars(model)[_ELSEWHERE] = Elsewhere(frozenset(whole - own), frozenset(copies), tied)
     vars(model)[_STAGE] = stage
     wrap_forward(model, _run_stage)
 
 
-def _copies(model: nn.Module, cut: StageCut) -> frozenset[str]:
-    """Weights of the last stage that are the first one's, by their names in the last."""
+def _tied_ends(model: nn.Module, cut: StageCut) -> tuple[tuple[str, str], ...]:
+    """Weights of the last stage that are the first one's, by their names in either."""
     named = list(model.named_parameters(remove_duplicate=False))
     first, last = (tuple(f"{module}." for module in end) for end in (cut.first, cut.last))
-    of_first = {x for name, x in named if name.startswith(first)}
-    return frozenset(name for name, x in named if x in of_first and name.startswith(last))
+    of_first = {x: name for name, x in named if name.startswith(first)}
+    return tuple(
+        (name, of_first[x]) for name, x in named if x in of_first and name.startswith(last)
+    )
 
 
 def _run_stage(model: Any, forward: Callable[..., Any], stream: Tensor, **inputs: Any) -> Any:

@@ -13,9 +13,8 @@ from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface.config_fields import config_of
 from dtcp.huggingface.own_errors import model_of_function
 from dtcp.labels import IGNORED, look_ahead
-from dtcp.models import deepseek_v4, gemma4, llama, qwen3_5
 from dtcp.parallelize import ParallelPlan
-from dtcp.parallelize.plans.families import FAMILY_PLANS
+from dtcp.parallelize.plans.families import FAMILIES, MODEL_TYPES
 from dtcp.planner.hf_config import REMEDY, read_hf_config, text_model_of, without_dtype
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
@@ -54,30 +53,6 @@ class Subject(Protocol):
         """Of the next token, and of those further ahead that it predicts."""
 
 
-@dataclass(frozen=True)
-class ModelFamily:
-    """One of dtcp's model families."""
-
-    model: Callable[[Any], nn.Module]
-    config_from_hf: Callable[[Mapping[str, Any]], Any]
-
-
-FAMILIES: Mapping[str, ModelFamily] = {
-    "llama": ModelFamily(llama.Llama, llama.config_from_hf),
-    "gemma4": ModelFamily(gemma4.Gemma4, gemma4.config_from_hf),
-    "qwen3_5": ModelFamily(qwen3_5.Qwen35, qwen3_5.config_from_hf),
-    "deepseek_v4": ModelFamily(deepseek_v4.DeepseekV4, deepseek_v4.config_from_hf),
-}
-
-MODEL_TYPES: Mapping[str, str] = {
-    **dict.fromkeys(("llama", "qwen2", "qwen3"), "llama"),
-    **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), "gemma4"),
-    **dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), "qwen3_5"),
-    "deepseek_v4": "deepseek_v4",
-}
-"""The model types of Hugging Face that dtcp's own families implement."""
-
-
 class _CalledWithMixers:
     """A model that is called as ours are."""
 
@@ -111,7 +86,7 @@ class FamilyModel(_CalledWithMixers):
     """A model of one of dtcp's families, as train.py runs it.
 
     Args:
-        family: a name of FAMILIES.
+        family: a name of parallelize.plans.families.FAMILIES.
         config: of its folder in dtcp.models.
     """
 
@@ -125,14 +100,14 @@ class FamilyModel(_CalledWithMixers):
     def plan(
         self, model: nn.Module, mesh: ParallelMesh, attention: AttentionStyle, layout: Any
     ) -> ParallelPlan:
-        return FAMILY_PLANS[self.family](self.config, mesh, lambda: attention, layout)
+        return FAMILIES[self.family].plan(self.config, mesh, lambda: attention, layout)
 
     def rows(self, documents: Documents) -> dict[str, Tensor]:
         rows = _rows_of(documents)
         ids = rows["input_ids"]
         if getattr(self.config, "vision_blocks", False):
             rows["mm_token_type_ids"] = torch.zeros_like(ids)
-        if depths := getattr(self.config, "num_mtp_layers", 0):
+        if depths := FAMILIES[self.family].mtp_depths(self.config):
             rows |= look_ahead(ids, rows["labels"], documents, depths=depths)
         return rows
 
@@ -261,7 +236,7 @@ def subject_of_hf(source: str) -> Subject:
     if family is None:
         return HuggingFaceModel(name, text_model_of(config_of(fields, REMEDY)))
     try:
-        return FamilyModel(name, family, FAMILIES[family].config_from_hf(fields))
+        return FamilyModel(name, family.name, family.config_from_hf(fields))
     except KeyError as error:
         raise ValueError(
             f"A config has all sizes of its model, got {source!r} of a {fields['model_type']} "

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dtcp.torchtitan.hf_model import BYTE_VOCABULARY
 from dtcp.torchtitan.loss import TokenLoss
-from dtcp.torchtitan.model_spec import DEEPSEEK_V4, GEMMA4, QWEN3_5, llama, spec_of
+from dtcp.torchtitan.model_spec import llama, spec_of
 from dtcp.torchtitan.section import Section
 
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
@@ -22,6 +22,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from dtcp.models import deepseek_v4, gemma4, qwen3_5
 from dtcp.models.llama import PRESETS, tiny
+from dtcp.parallelize.plans.families import DEEPSEEK_V4, GEMMA4, QWEN3_5
 from dtcp.pretrain.adopt import adopt_model
 from dtcp.pretrain.checkpoint import Checkpoints
 from dtcp.pretrain.data import PackedDocuments

@@ -12,12 +12,13 @@ from dtcp.distributed.groups import rank_of_process
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.metadata import BatchMetadata
 from dtcp.parallelize import ActivationCheckpoint
+from dtcp.parallelize.plans.families import FAMILIES
 from dtcp.planner.captured_warnings import captured_warnings
 from dtcp.planner.forecast import received_over_cp, torch_bytes
 from dtcp.planner.peak import PeakMemory, peak_memory
 from dtcp.planner.setup import Precision, Setup
 from dtcp.planner.step import TracedStep, trace_step
-from dtcp.planner.subject import FAMILIES, FamilyModel, HuggingFaceModel, Subject
+from dtcp.planner.subject import FamilyModel, HuggingFaceModel, Subject
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.default import device_type_of

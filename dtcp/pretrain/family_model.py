@@ -1,21 +1,17 @@
 """A model of dtcp's families, by its config.json, in place of a config's model."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dtcp.torchtitan.hf_model import weights_folder
-from dtcp.torchtitan.model_spec import DEEPSEEK_V4, GEMMA4, LLAMA, QWEN3_5, Family, spec_of
+from dtcp.torchtitan.model_spec import spec_of
 
 from torchtitan.protocols.model_spec import ModelSpec
 
+from dtcp.parallelize.plans.families import FAMILIES, MODEL_TYPES
 from dtcp.planner.hf_config import read_hf_config
-from dtcp.planner.subject import MODEL_TYPES, FamilyModel, subject_of_hf
-
-_FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (LLAMA, QWEN3_5, GEMMA4, DEEPSEEK_V4)
-}
+from dtcp.planner.subject import FamilyModel, subject_of_hf
 
 
 def family_spec(source: str) -> ModelSpec:
@@ -37,7 +33,7 @@ def family_spec(source: str) -> ModelSpec:
     if getattr(shape, "vision_blocks", False):
         # Rows are of text: without images, tokens of images see nothing more than others.
         shape = replace(shape, vision_blocks=False)
-    return spec_of(_FAMILIES[subject.family], subject.name, shape)
+    return spec_of(FAMILIES[subject.family], subject.name, shape)
 
 
 def with_weights_of(config: Any, source: str) -> Any:

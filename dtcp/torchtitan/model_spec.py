@@ -1,9 +1,8 @@
 """Plain nn.Modules as torchtitan's Trainer takes them: same classes, same parameter names.
 
 A model of ours *is* the module it was, with torchtitan's protocol beside it: no wrapper that
-would put a prefix on every name in a checkpoint. A family is what its folder in models/ and its
-plan in parallelize/ give. To add one, name its parts here and in pretrain/family_model.py, its plan
-in parallelize/plans/families.py, and its model types in planner/subject.py.
+would put a prefix on every name in a checkpoint. What there is to a family is in its record
+(parallelize/plans/families.py).
 """
 
 import functools
@@ -13,12 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dtcp.torchtitan.parallelize import parallelize_plain
-from dtcp.torchtitan.stage_forwards import (
-    DEEPSEEK_V4_STAGE,
-    LLAMA_STAGE,
-    QWEN3_5_STAGE,
-    StageForward,
-)
+from dtcp.torchtitan.stage_forwards import FAMILY_STAGES
 from dtcp.torchtitan.stages import pipeline_stages
 
 import torch
@@ -32,95 +26,15 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.models import deepseek_v4, gemma4, qwen3_5
-from dtcp.models import llama as llamas
-from dtcp.parallelize import balance_experts
-
-StateDict = dict[str, Any]
-Work = Callable[[nn.Module, DeviceMesh | None], None]
-
-
-@dataclass(frozen=True)
-class Family:
-    """The parts of a model family.
-
-    Args:
-        name: that of its plan (parallelize/plans/families.py).
-        model: built from its config; `init_weights()` draws its weights. The config has
-            vocab_size, num_layers, num_heads, head_dim and tied.
-        to_hf: a state dict of ours and the config to the names of a Hugging Face checkpoint.
-        from_hf: the way back.
-        config_to_hf: the `config.json` that goes with the weights.
-        mtp_depths: how many tokens further ahead than the next one a config's model predicts; its
-            forward then takes `mtp_input_ids` and returns a tuple.
-        num_experts: how many each of a config's layers chooses from; 0 for none.
-        takes_strategy: whether the section's strategy, boundary, kernel and reduce_dtype are for
-            its attention.
-        before_step: done before every step of the optimizer, with the model and the axis of all
-            ranks that have tokens; None for families with nothing outside of autograd.
-        stages: how it is cut into pipeline stages; None where it is not.
-    """
-
-    name: str
-    model: type[Any]
-    to_hf: Callable[[StateDict, Any], StateDict]
-    from_hf: Callable[[StateDict, Any], StateDict]
-    config_to_hf: Callable[[Any], dict[str, Any]]
-    mtp_depths: Callable[[Any], int] = lambda _: 0
-    num_experts: Callable[[Any], int] = lambda _: 0
-    takes_strategy: bool = True
-    before_step: Work | None = None
-    stages: StageForward | None = None
-
-
-LLAMA = Family(
-    name="llama",
-    model=llamas.Llama,
-    to_hf=llamas.to_hf,
-    from_hf=llamas.from_hf,
-    config_to_hf=llamas.config_to_hf,
-    stages=LLAMA_STAGE,
-)
-
-QWEN3_5 = Family(
-    name="qwen3_5",
-    model=qwen3_5.Qwen35,
-    to_hf=qwen3_5.to_hf,
-    from_hf=qwen3_5.from_hf,
-    config_to_hf=qwen3_5.config_to_hf,
-    num_experts=lambda config: getattr(config.feed_forward, "num_experts", 0),
-    mtp_depths=lambda config: config.num_mtp_layers,
-    stages=QWEN3_5_STAGE,
-)
-
-GEMMA4 = Family(
-    name="gemma4",
-    model=gemma4.Gemma4,
-    to_hf=gemma4.to_hf,
-    from_hf=gemma4.from_hf,
-    config_to_hf=gemma4.config_to_hf,
-    num_experts=lambda config: config.moe.num_experts if config.moe else 0,
-)
-
-DEEPSEEK_V4 = Family(
-    name="deepseek_v4",
-    model=deepseek_v4.DeepseekV4,
-    to_hf=deepseek_v4.to_hf,
-    from_hf=deepseek_v4.from_hf,
-    config_to_hf=deepseek_v4.config_to_hf,
-    num_experts=lambda config: config.num_experts,
-    mtp_depths=lambda config: config.num_mtp_layers,
-    takes_strategy=False,
-    before_step=balance_experts,
-    stages=DEEPSEEK_V4_STAGE,
-)
+from dtcp.models.llama import LlamaConfig
+from dtcp.parallelize.plans.families import LLAMA, Family, StateDict
 
 
 @dataclass(frozen=True)
 class BeforeStep:
     """What a family does before every step, as torchtitan's post_optimizer_build_fn."""
 
-    work: Work
+    work: Callable[[nn.Module, DeviceMesh | None], None]
 
     def __call__(self, optimizers: Any, model_parts: list[nn.Module], dims: ParallelDims) -> None:
         axis = ParallelMesh.from_parallel_dims(dims).loss
@@ -133,18 +47,19 @@ class BeforeStep:
 
 def spec_of(family: Family, flavor: str, shape: Any) -> ModelSpec:
     """The ModelSpec of a model of this family and shape."""
+    stages = FAMILY_STAGES.get(family)
     return ModelSpec(
         name=family.name,
         flavor=flavor,
         model=_titan(family).Config(shape=shape),
-        parallelize_fn=functools.partial(parallelize_plain, family=family.name),
-        pipelining_fn=family.stages and functools.partial(pipeline_stages, how=family.stages),
+        parallelize_fn=functools.partial(parallelize_plain, plan=family.plan),
+        pipelining_fn=stages and functools.partial(pipeline_stages, how=stages),
         post_optimizer_build_fn=family.before_step and BeforeStep(family.before_step),
         state_dict_adapter=functools.partial(NameMapAdapter, family),
     )
 
 
-def llama(flavor: str, shape: llamas.LlamaConfig) -> ModelSpec:
+def llama(flavor: str, shape: LlamaConfig) -> ModelSpec:
     """The ModelSpec of a Llama or Qwen of this shape."""
     return spec_of(LLAMA, flavor, shape)
 
@@ -185,7 +100,7 @@ def _titan(family: Family) -> Any:
 
             def stage_refusal(self) -> str:
                 """Why this model is not cut into pipeline stages; nothing where it is."""
-                cut = family.stages is not None
+                cut = family in FAMILY_STAGES
                 return "" if cut else f"layers of {family.name} are not cut into stages"
 
             def to_dict(self) -> dict[str, Any]:

@@ -47,7 +47,7 @@ from dtcp.parallelize import (
     parallelize,
 )
 from dtcp.parallelize.expert_exchange import with_exchange
-from dtcp.parallelize.plans.families import FAMILY_PLANS
+from dtcp.parallelize.plans.families import FamilyPlan
 from dtcp.parallelize.stage_plan import plan_of_stage
 from dtcp.softmax.default import device_type_of
 from dtcp.softmax.mixer import name_kernel
@@ -70,19 +70,19 @@ def parallelize_plain(
     ac_config: ActivationCheckpointingConfig,
     dump_folder: str,
     section: Section,
-    family: str,
+    plan: FamilyPlan,
 ) -> nn.Module:
     """A model of ours, by its family's plan."""
     mesh = mesh_with_section(parallel_dims, section)
     name_kernel(model, section.kernel)
     attention = partial(section.attention_style, device_type_of(mesh.cp))
-    plan = FAMILY_PLANS[family](model.config, mesh, attention, section.sequence_layout())
+    styles = plan(model.config, mesh, attention, section.sequence_layout())
     if getattr(model, "stage", None) is not None:
-        plan = plan_of_stage(plan, model)
+        styles = plan_of_stage(styles, model)
     return parallelize(
         model,
         mesh,
-        replace(plan, ep=with_exchange(plan.ep, section.expert_exchange)),
+        replace(styles, ep=with_exchange(styles.ep, section.expert_exchange)),
         **options_of(training, parallelism, compile_config, ac_config),
     )
 

@@ -4,7 +4,7 @@ A stage is the family's model without the modules that other stages hold, which 
 first one embeds tokens and the last one scores them; between them travels the residual stream.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dtcp.models.inputs import check_model_inputs
+from dtcp.parallelize.plans.families import DEEPSEEK_V4, LLAMA, QWEN3_5, Family
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,16 @@ DECODER_STAGE = StageForward(
     prepare=add_mixers,
 )
 """Of torchtitan's own decoders."""
-LLAMA_STAGE = StageForward(_llama)
-QWEN3_5_STAGE = StageForward(_qwen3_5, ahead=("embedding", "ahead"))
-DEEPSEEK_V4_STAGE = StageForward(
-    _deepseek_v4,
-    last=("head", "norm", "lm_head"),
-    ahead=("embedding", "mtp"),
-    stream=lambda config: (config.shape.streams, config.shape.dim),
-    reads_ids=True,
-)
+
+FAMILY_STAGES: Mapping[Family, StageForward] = {
+    LLAMA: StageForward(_llama),
+    QWEN3_5: StageForward(_qwen3_5, ahead=("embedding", "ahead")),
+    DEEPSEEK_V4: StageForward(
+        _deepseek_v4,
+        last=("head", "norm", "lm_head"),
+        ahead=("embedding", "mtp"),
+        stream=lambda config: (config.shape.streams, config.shape.dim),
+        reads_ids=True,
+    ),
+}
+"""Of dtcp's own families; those without are not cut."""

@@ -3,13 +3,12 @@
 What such a trainer knows of parallelism it asks its Accelerator, and it calls its model with whole
 rows. So the model gets a module around it that takes whole rows (`WholeRows`), the Accelerator
 counts a cp and tp group as one process (`MeshAccelerator`), and files are written and read by all
-ranks together. Everything else, from arguments to callbacks, is the trainer's own.
+ranks together (`SharedFiles`). Everything else, from arguments to callbacks, is the trainer's own.
 """
 
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,20 +53,11 @@ from dtcp.trainers.policy_arguments import (
     trains_policy,
 )
 from dtcp.trainers.repeated_rows import ignore_repeated
-from dtcp.trainers.rewards import is_first_rank
-from dtcp.trainers.saved import (
-    RANDOM_STATES,
-    as_batch_rank,
-    check_random_states,
-    load_optimizer,
-    load_weights,
-    save_optimizer,
-    save_weights,
-)
+from dtcp.trainers.saved import SharedFiles, as_batch_rank
 from dtcp.trainers.streams import read_whole
 
 
-class MeshTrainerMixin(PolicyRows, SharedDecisions, SharedEvaluation):
+class MeshTrainerMixin(PolicyRows, SharedDecisions, SharedEvaluation, SharedFiles):
     """Put before a trainer's class: `class Trainer(MeshTrainerMixin, transformers.Trainer)`.
 
     Args:
@@ -98,14 +88,9 @@ class MeshTrainerMixin(PolicyRows, SharedDecisions, SharedEvaluation):
     callback_handler: Any
     optimizer: Any
     optimizer_cls_and_kwargs: Any
-    lr_scheduler: Any
-    state: Any
     compute_loss_func: Any
-    data_collator: Any
-    processing_class: Any
     _prepare_inputs: Callable[[Any], Any]
     _train_batch_size: int
-    _get_output_dir: Callable[[Any], str]
     _signature_columns: Any
     _loss_shifts_labels: bool
     model_accepts_loss_kwargs: bool
@@ -318,57 +303,6 @@ class MeshTrainerMixin(PolicyRows, SharedDecisions, SharedEvaluation):
         """Of DPOTrainer and KTOTrainer: the reference's numbers of all rows, on every rank."""
         return with_reference_log_probs(self, dataset, batch_size, self._prepare_inputs)
 
-    # Files: written and read by all ranks together, the same on any mesh.
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        save_weights(self.model, folder)
-        if self.args.should_save:
-            tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-            torch.save(self.args, folder / ARGUMENTS)
-        self.accelerator.wait_for_everyone()
-
-    def _save_checkpoint(self, model: Any, trial: Any, *others: Any) -> None:
-        """Whose state says last that all is there: that of an earlier run is not to say so."""
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            (folder / STATE).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial, *others)  # type: ignore[misc]
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        save_optimizer(self.model, self.optimizer, Path(output_dir))
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        if is_first_rank(self.mesh):
-            with as_batch_rank(self):
-                super()._save_rng_state(str(Path(output_dir) / RANDOM_STATES))  # type: ignore[misc]
-        self.accelerator.wait_for_everyone()
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        if self.args.process_index == 0:
-            check_random_states(Path(checkpoint))
-        with as_batch_rank(self):
-            super()._load_rng_state(str(Path(checkpoint) / RANDOM_STATES))  # type: ignore[misc]
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_weights(self.model, Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        load_weights(self.model, Path(self.state.best_model_checkpoint))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        folder = Path(checkpoint)
-        load_optimizer(self.model, self.optimizer, folder)
-        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
-
 
 _ROWS = "dtcp_rows"
 
@@ -377,7 +311,3 @@ def _on_whole_rows(model: nn.Module, forward: Callable[..., Any], *args: Any, **
     if "attn_metadata" in kwargs:
         return forward(*args, **kwargs)
     return vars(model)[_ROWS](*args, **kwargs)
-
-
-SCHEDULER, ARGUMENTS, STATE = "scheduler.pt", "training_args.bin", "trainer_state.json"
-"""As transformers names them."""

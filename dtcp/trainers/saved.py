@@ -2,7 +2,7 @@
 them, and the optimizer's state by the names of its parameters."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,84 @@ from torch.distributed.checkpoint.state_dict import (
 
 from dtcp.checkpoint import SafeLoadPlanner, SafeReader
 from dtcp.distributed.groups import rank_of_process
+from dtcp.distributed.mesh import ParallelMesh
 from dtcp.parallelize.load_hf import fill_adapters, fill_hf
 from dtcp.parallelize.plans.adapters import adapted_model
 from dtcp.parallelize.save_hf import save_hf
+from dtcp.trainers.rewards import is_first_rank
 
 OPTIMIZER = "optimizer"
 """The folder of torch's distributed checkpoint, inside that of a step."""
 RANDOM_STATES = "random_states"
 """The folder of batch ranks' random states, inside that of a step, whose own are by process."""
+SCHEDULER, ARGUMENTS, STATE = "scheduler.pt", "training_args.bin", "trainer_state.json"
+"""As transformers names them."""
+
+
+class SharedFiles:
+    """A Trainer whose ranks write and read its files together, the same on any mesh."""
+
+    mesh: ParallelMesh
+
+    # Of the trainer that follows in the order of classes.
+    model: Any
+    args: Any
+    accelerator: Any
+    optimizer: Any
+    lr_scheduler: Any
+    state: Any
+    data_collator: Any
+    processing_class: Any
+    _get_output_dir: Callable[[Any], str]
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        save_weights(self.model, folder)
+        if self.args.should_save:
+            tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            torch.save(self.args, folder / ARGUMENTS)
+        self.accelerator.wait_for_everyone()
+
+    def _save_checkpoint(self, model: Any, trial: Any, *others: Any) -> None:
+        """Whose state says last that all is there: that of an earlier run is not to say so."""
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / STATE).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial, *others)  # type: ignore[misc]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        save_optimizer(self.model, self.optimizer, Path(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        if is_first_rank(self.mesh):
+            with as_batch_rank(self):
+                super()._save_rng_state(str(Path(output_dir) / RANDOM_STATES))  # type: ignore[misc]
+        self.accelerator.wait_for_everyone()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        if self.args.process_index == 0:
+            check_random_states(Path(checkpoint))
+        with as_batch_rank(self):
+            super()._load_rng_state(str(Path(checkpoint) / RANDOM_STATES))  # type: ignore[misc]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        load_weights(self.model, Path(self.state.best_model_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        load_optimizer(self.model, self.optimizer, folder)
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
 
 
 def save_weights(model: Any, folder: Path, *, dtype: torch.dtype | None = None) -> None:

@@ -5,7 +5,6 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from dtcp.huggingface.picking_attention import INDEXER
 from dtcp.huggingface.recorder import SurveyedAttention
 from dtcp.huggingface.registry import MIXER
-from dtcp.parallelize.plans.compressed_entries import entries_style
 from dtcp.softmax import AllGatherAttention, RingAttention
 from dtcp.softmax.style import AttentionStyle
 from dtcp.sparse import CompressedSparseCP
@@ -41,7 +40,7 @@ def carried_out_by(
         ValueError: as of `mixer_styles`.
     """
     if attention.window:
-        return entries_style(attention, style)
+        return _entries_style(attention, style)
     if not attention.num_selected and not attention.blocks:
         return style
     kind = SparseBlockCP if attention.blocks else SparseLatentCP
@@ -58,3 +57,24 @@ def carried_out_by(
         ranks_per_node=style.ranks_per_node,
         reduce_dtype=style.reduce_dtype,
     )
+
+
+def _entries_style(attention: SurveyedAttention, style: AttentionStyle) -> CompressedSparseCP:
+    """The one there is for a window beside compressed entries, with the strategy's options.
+
+    Raises:
+        ValueError: a strategy that says how all keys of a query are brought.
+    """
+    options, plain = (_options(each) for each in (style, AttentionStyle()))
+    if type(style) not in (RingAttention, AllGatherAttention) or options != plain:
+        raise ValueError(
+            f"A window of keys and compressed entries are brought in a way of their own "
+            f"(CompressedSparseCP), got {style} for {attention.name}: give RingAttention() or "
+            f"AllGatherAttention(), without tile, kernel and reduce_dtype, or leave attention out."
+        )
+    return CompressedSparseCP(boundary=style.boundary, ranks_per_node=style.ranks_per_node)
+
+
+def _options(style: AttentionStyle) -> tuple[object, ...]:
+    """Those that the style of entries has not."""
+    return style.tile, style.kernel, style.reduce_dtype

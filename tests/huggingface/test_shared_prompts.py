@@ -25,7 +25,7 @@ from dtcp.parallelize import parallelize_hf
 from dtcp.sequence.buckets import Buckets, MultiplesOf
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
-from dtcp.softmax import HaloAttention
+from dtcp.softmax import AllGatherAttention, HaloAttention
 from tests.harness.hf_models import build
 from tests.harness.parity import GRAPHS, assert_gradients, gradients, summed
 from tests.harness.spmd import spmd
@@ -177,10 +177,12 @@ def on_mesh(kind, degrees, *, options=(), change=(), **placing):
 
 @spmd(ranks=(1, 2, 3))
 def test_rows_that_share_prompts_give_what_they_give_alone(mesh, ranks):
-    """In fp64: any prompts and answers, padded on either side or packed, in two layouts."""
-    layouts = ({}, {"layout": DocumentBalanced, "buckets": Buckets(MultiplesOf(24))})
-    for options, seeds in zip(layouts, ((1, 10), (3, 5)), strict=True):
-        reference, rows_model = on_mesh(EXACT, Degrees(cp=ranks), options=options)
+    """In fp64: any prompts and answers, padded on either side or packed, by two strategies."""
+    bucketed = {"layout": DocumentBalanced, "buckets": Buckets(MultiplesOf(24))}
+    cases = ((None, {}, (1, 10)), (AllGatherAttention(), bucketed, (3, 5)))
+    for attention, options, seeds in cases:
+        degrees = Degrees(cp=ranks)
+        reference, rows_model = on_mesh(EXACT, degrees, options=options, attention=attention)
         for seed in seeds:
             texts = drawn(seed)
             for rows in (padded(texts), padded(texts, left=range(0, len(texts), 2)), packed(texts)):

@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dtcp.huggingface import stage_cut
+from dtcp.huggingface import install_mixers, stage_cut
 from dtcp.huggingface.small_config import small_config
-from dtcp.huggingface.stages import find_cut
+from dtcp.huggingface.stages import find_cut, keep_stage
+from dtcp.parallelize import load_hf
 
 CUT = {
     "llama": ("model.layers", ("model.embed_tokens",), ("model.norm", "lm_head")),
@@ -59,3 +60,19 @@ def test_a_weight_that_runs_between_layers_is_refused():
     model.model.layers[0].register_forward_hook(lambda *args: norm(args[-1]))
     with pytest.raises(ValueError, match=r"its model.norm has weights that run neither before"):
         find_cut(model, lambda: model(input_ids=torch.zeros(1, 4, dtype=torch.int64)))
+
+
+def test_a_tied_head_that_files_hold_as_another_is_refused_in_every_stage():
+    """As in the whole model: each stage holds one of the two."""
+    config = small_config("qwen3", {"tie_word_embeddings": True}).config
+    weights = AutoModelForCausalLM.from_config(config).state_dict()
+    for number in range(2):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        cut = stage_cut(model)
+        install_mixers(model)
+        keep_stage(model, cut.stage(range(number, number + 1)))
+        load_hf(model, weights, device="cpu")
+        other = weights | {"lm_head.weight": weights["lm_head.weight"] + 1}
+        with pytest.raises(ValueError, match=r"have one, got lm_head.weight and .*embed_tokens"):
+            load_hf(model, other, device="cpu")

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from dtcp.torchtitan.model_spec import LLAMA, NameMapAdapter
+from dtcp.torchtitan.model_spec import NameMapAdapter
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 
 from dtcp.models.llama import Llama, tiny
+from dtcp.parallelize.plans.families import LLAMA
 from dtcp.pretrain import output_folder
 from dtcp.pretrain.checkpoint_choice import agree
 from dtcp.pretrain.checkpoint_writer import CheckpointWriter, WrittenFile

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from dtcp.torchtitan.model_spec import DEEPSEEK_V4, spec_of
+from dtcp.torchtitan.model_spec import spec_of
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from dtcp.mixer_metadata import batch_metadata
 from dtcp.models.deepseek_v4 import DeepseekV4, config_from_hf, from_hf, tiny
+from dtcp.parallelize.plans.families import DEEPSEEK_V4
 from dtcp.pretrain.configs import deepseek_v4_tiny
 from dtcp.pretrain.trainer import Trainer
 from dtcp.sequence.documents import Documents

@@ -5,13 +5,14 @@ import re
 import shutil
 from dataclasses import replace
 
-from dtcp.torchtitan.model_spec import DEEPSEEK_V4, GEMMA4, QWEN3_5, spec_of
+from dtcp.torchtitan.model_spec import spec_of
 
 import pytest
 from safetensors.torch import load_file
 from torchtitan.models.qwen3 import model_registry as titan_qwen3
 
 from dtcp.models import deepseek_v4, gemma4, qwen3_5
+from dtcp.parallelize.plans.families import DEEPSEEK_V4, GEMMA4, QWEN3_5
 from dtcp.pretrain.adopt import adopt_model
 from dtcp.pretrain.configs import deepseek_v4_tiny, gemma4_tiny_moe, qwen3_5_moe_tiny
 from dtcp.pretrain.trainer import Trainer

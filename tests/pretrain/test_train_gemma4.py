@@ -5,7 +5,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 
-from dtcp.torchtitan.model_spec import GEMMA4, spec_of
+from dtcp.torchtitan.model_spec import spec_of
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from dtcp.models.gemma4 import (
     tiny_e,
     tiny_moe,
 )
+from dtcp.parallelize.plans.families import GEMMA4
 from dtcp.pretrain.configs import gemma4_tiny
 from dtcp.pretrain.trainer import Trainer
 from dtcp.sequence.documents import Documents

@@ -5,7 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from dtcp.torchtitan.model_spec import QWEN3_5, spec_of
+from dtcp.torchtitan.model_spec import spec_of
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from dtcp.mixer_metadata import batch_metadata
 from dtcp.models.qwen3_5 import Qwen35, config_from_hf, from_hf, tiny
+from dtcp.parallelize.plans.families import QWEN3_5
 from dtcp.pretrain.configs import qwen3_5_moe_tiny
 from dtcp.pretrain.trainer import Trainer
 from dtcp.sequence.documents import Documents

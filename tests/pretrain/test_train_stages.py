@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from dtcp.torchtitan.model_spec import QWEN3_5, llama, spec_of
+from dtcp.torchtitan.model_spec import llama, spec_of
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 from transformers import AutoModelForCausalLM
 
 from dtcp.models import qwen3_5
+from dtcp.parallelize.plans.families import QWEN3_5
 from dtcp.pretrain.config_check import check_on_ranks
 from dtcp.pretrain.configs import (
     BYTE_SHAPE,

@@ -1,9 +1,10 @@
 """The parts of the adapter, in this process and without ranks."""
 
 import json
+from dataclasses import replace
 
 from dtcp.torchtitan import compat
-from dtcp.torchtitan.model_spec import llama
+from dtcp.torchtitan.model_spec import llama, spec_of
 from dtcp.torchtitan.section import LAYOUT_CLASSES, Section
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from dtcp.compile import EagerIsland
 from dtcp.models.llama import PRESETS, config_from_hf
+from dtcp.parallelize.plans.families import LLAMA
 from dtcp.pretrain import configs
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax import AllGatherAttention, RingAttention
@@ -63,3 +65,12 @@ def test_an_exported_config_is_read_back(name):
     spec = llama(name, PRESETS[name])
     theirs = spec.state_dict_adapter(spec.model, None).hf_config()
     assert config_from_hf(json.loads(json.dumps(theirs))) == PRESETS[name]
+
+
+def test_a_family_of_ones_own_has_its_own_plan_and_no_stages_of_another():
+    family = replace(LLAMA, name="own", plan=lambda *_: pytest.fail("is only handed on"))
+    spec = spec_of(family, "tiny", configs.BYTE_SHAPE)
+    assert spec.parallelize_fn.keywords["plan"] is family.plan
+    assert spec.pipelining_fn is None
+    assert spec.model.stage_refusal() == "layers of own are not cut into stages"
+    assert llama("tiny", configs.BYTE_SHAPE).pipelining_fn is not None

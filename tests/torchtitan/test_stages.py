@@ -10,9 +10,9 @@ from dataclasses import replace
 
 from dtcp.torchtitan.compat import float64_by_name
 from dtcp.torchtitan.loss import TokenLoss
-from dtcp.torchtitan.model_spec import LLAMA, QWEN3_5, spec_of
+from dtcp.torchtitan.model_spec import spec_of
 from dtcp.torchtitan.section import Section
-from dtcp.torchtitan.stage_forwards import LLAMA_STAGE
+from dtcp.torchtitan.stage_forwards import FAMILY_STAGES
 from dtcp.torchtitan.stages import _check_parts, layers_of_stages
 
 import pytest
@@ -38,6 +38,7 @@ from dtcp.mixer_metadata import batch_metadata
 from dtcp.models import qwen3_5
 from dtcp.models.llama import Llama
 from dtcp.models.qwen3_5 import Qwen35
+from dtcp.parallelize.plans.families import LLAMA, QWEN3_5
 from dtcp.pretrain.batches import BatchPreparation
 from dtcp.sequence.documents import Documents
 from tests.harness import parity
@@ -329,14 +330,14 @@ def test_stages_draw_the_weights_of_one_device(mesh, tied, together):
 def test_a_weight_of_no_stage_or_of_several_layers_is_refused():
     with torch.device("meta"):
         model = Llama(TIED_CONFIG)
-        _check_parts(model, LLAMA_STAGE)
+        _check_parts(model, FAMILY_STAGES[LLAMA])
         model.further = nn.Linear(2, 2)
         with pytest.raises(ValueError, match=r"got further.weight of Llama, which is not"):
-            _check_parts(model, LLAMA_STAGE)
+            _check_parts(model, FAMILY_STAGES[LLAMA])
         model = Llama(CONFIG)
         model.layers[3].attention_norm.weight = model.layers[0].attention_norm.weight
         with pytest.raises(ValueError, match=r"got layers.0.attention_norm.weight of Llama"):
-            _check_parts(model, LLAMA_STAGE)
+            _check_parts(model, FAMILY_STAGES[LLAMA])
 
 
 def test_layers_are_cut_as_torchtitan_cuts_them():
