@@ -28,6 +28,13 @@ from dtcp.parallelize.plans.dummy_calls import (
     is_elementwise,
     sizes_of_heads,
 )
+from dtcp.parallelize.plans.parts_of_ranks import (
+    NotSplitError,
+    kind_of_part,
+    nearly_equal,
+    part_of_rank,
+    same_arguments,
+)
 from dtcp.parallelize.plans.recurrent_heads import ROWS, norm_of_parts
 from dtcp.parallelize.plans.stand_in_run import StandInRun, calls_registry, forward_of
 from dtcp.parallelize.tensor_parallel import (
@@ -90,10 +97,6 @@ def _shape(layer: Any) -> tuple[int, int]:
     return (layer.nf, layer.nx) if is_conv1d(layer) else (layer.out_features, layer.in_features)
 
 
-class _NotSplit(Exception):
-    """A module has no parts for the ranks of tp."""
-
-
 @dataclass(frozen=True)
 class _HeadSplit:
     """How the heads are split, as the runs of all ranks agree."""
@@ -130,20 +133,20 @@ class _Trial:
         self.result = self.whole.run(module, **call)
         whole = self.whole
         if whole.reads.keys() != layers.keys() or bool(whole.operands) != heads or whole.reads_two:
-            raise _NotSplit
+            raise NotSplitError
         # What heads read without a layer in between would be read by one rank's alone, and of what
         # every rank has whole, its gradient would be a part.
         if any(self._depends(x, self._whole_on_ranks()) for x, _ in self._sinks()):
-            raise _NotSplit
+            raise NotSplitError
         # Every rank's gradient of another output is the whole one, and not a part to add up.
         if any(self._depends(x, [self.outputs[name] for name in self.ups]) for x in whole.others):
-            raise _NotSplit
+            raise NotSplitError
 
     def styles(self, parts: Sequence[str]) -> Styles:
         """Styles by name in the module, which has the name ""."""
         segments = {name: self._segments(name) for name in self.ups}
         if all(each[0].pieces == 1 and len(each) == 1 for each in segments.values()):
-            raise _NotSplit
+            raise NotSplitError
         split = self._head_split(segments)
         styles = {name: self._of_rows(name, parts) for name, parts in segments.items()}
         down = self.layers[self.down]
@@ -151,7 +154,7 @@ class _Trial:
         others = {name: self._other(name, kind) for name, kind in split.inputs.items()}
         # Those that are in no part have styles of their own, for what is whole.
         if any(x != LocalParams() for name, x in others.items() if not _is_in(name, parts)):
-            raise _NotSplit
+            raise NotSplitError
         styles |= {name: x for name, x in others.items() if _is_in(name, parts)}
         return styles | self._containers(split, styles) | self._table()
 
@@ -178,7 +181,7 @@ class _Trial:
             others = [x for n, x in self.whole.reads.items() if n not in (name, self.down)]
             if any(self._depends(x, [self.outputs[name]]) for x in others):
                 return (Segment(rows, 1),)
-            raise _NotSplit
+            raise NotSplitError
         if all(runs == [(0, rows)] for runs in union):
             return (Segment(rows, 1),)
         if all(runs == [(r * chunk, (r + 1) * chunk)] for r, runs in enumerate(union)):
@@ -188,7 +191,7 @@ class _Trial:
             starts |= self._parts([_runs(mask) for mask in masks])
         ends = [start + starts[start].rows for start in sorted(starts)]
         if [0, *ends] != [*sorted(starts), rows]:
-            raise _NotSplit
+            raise NotSplitError
         return tuple(starts[start] for start in sorted(starts))
 
     def _rows_by_sink(self, name: str) -> list[list[Tensor]]:
@@ -197,7 +200,7 @@ class _Trial:
         for sink in self._sinks():
             masks = []
             for rank in range(self.tp):
-                part = _part(sink[0], sink[1], rank, self.tp)
+                part = part_of_rank(sink[0], sink[1], rank, self.tp)
                 (grad,) = torch.autograd.grad(
                     (part * (0.5 + torch.rand_like(part))).sum(),
                     [self.outputs[name]],
@@ -218,7 +221,7 @@ class _Trial:
     def _parts(self, runs: list[list[RowRun]]) -> dict[int, Segment]:
         """Parts of which every rank has one stretch, by their first rows."""
         if len({len(each) for each in runs}) != 1:
-            raise _NotSplit
+            raise NotSplitError
         parts = {}
         for stretches in zip(*runs, strict=True):
             distinct = sorted(set(stretches))
@@ -229,7 +232,7 @@ class _Trial:
                 for rank, run in enumerate(stretches)
             )
             if not fits:
-                raise _NotSplit
+                raise NotSplitError
             parts[first] = part
         return parts
 
@@ -259,7 +262,7 @@ class _Trial:
                 runs = [self._inputs(rank, segments, cut_dims, sizes) for rank in range(self.tp)]
                 if None not in runs and all(each == runs[0] for each in runs):
                     return _HeadSplit(sizes, cut_dims, runs[0] or {})
-        raise _NotSplit
+        raise NotSplitError
 
     def _inputs(
         self,
@@ -274,8 +277,8 @@ class _Trial:
         for name, parts in segments.items():
             outputs[name] = cut(self.outputs[name].detach(), rows_of_heads(parts, tp, rank), 1)
         own = dict(self.own)
-        own |= {name: _part(own[name], dim, rank, tp) for name, dim in cut_dims.items()}
-        attended = None if whole.attended is None else _part(whole.attended, 2, rank, tp)
+        own |= {name: part_of_rank(own[name], dim, rank, tp) for name, dim in cut_dims.items()}
+        attended = None if whole.attended is None else part_of_rank(whole.attended, 2, rank, tp)
         run = StandInRun(outputs, attended, {**own, **sizes}, pairs=self.pairs)
         try:
             with torch.no_grad():
@@ -284,15 +287,18 @@ class _Trial:
             return None
         pairs = [(result, self.result)]
         pairs += [(run.reads[name], whole.reads[name]) for name in self.ups]
-        pairs += [(run.reads[self.down], _part(whole.reads[self.down], -1, rank, tp))]
+        pairs += [(run.reads[self.down], part_of_rank(whole.reads[self.down], -1, rank, tp))]
         pairs += [
-            (x, _part(y, 1, rank, tp)) for x, y in zip(run.operands, whole.operands, strict=True)
+            (x, part_of_rank(y, 1, rank, tp))
+            for x, y in zip(run.operands, whole.operands, strict=True)
         ]
-        if not all(map(_equal, *zip(*pairs, strict=True))):
+        if not all(map(nearly_equal, *zip(*pairs, strict=True))):
             return None
-        if not _same_arguments(run, whole, rank, tp):
+        if not same_arguments(run, whole, rank, tp):
             return None
-        inputs = {name: _kind(x, whole.inputs[name], rank, tp) for name, x in run.inputs.items()}
+        inputs = {
+            name: kind_of_part(x, whole.inputs[name], rank, tp) for name, x in run.inputs.items()
+        }
         return None if None in inputs.values() else {n: x or "" for n, x in inputs.items()}
 
     def _containers(self, split: _HeadSplit, styles: Styles) -> Styles:
@@ -315,7 +321,7 @@ class _Trial:
             dims = {name: dim for name, dim in of_heads.items() if name in own}
             runs = all(parent in self.whole.within[name] for name in names)
             if dims.keys() != own or not runs or reads_its_class(type(module).forward):
-                raise _NotSplit
+                raise NotSplitError
             buffers = {name: (Segment(heads, heads),) for name in of_heads if name not in own}
             inner = tuple(name.rpartition(".")[2] for name in names)
             containers[parent] = HeadsOfLayer(dims, of_rank, buffers, False, inner)
@@ -334,7 +340,7 @@ class _Trial:
         rows = sum(part.rows for part in parts)
         if is_conv1d(layer):
             if rows % self.tp:
-                raise _NotSplit
+                raise NotSplitError
             return Conv1DRows(parts)
         return ROWS if len(parts) == 1 else SegmentRows(segments=parts)
 
@@ -346,21 +352,13 @@ class _Trial:
         parameters = list(module.named_parameters())
         by_channel = all("." not in n and p.numel() in (1, x.shape[-1]) for n, p in parameters)
         if not by_channel:
-            raise _NotSplit
+            raise NotSplitError
         if kind != "channels" or is_elementwise(module, x.shape[-1], self.tp):
             return WHOLE_FOR_HEADS
         style = norm_of_parts(module, x.shape[-1])
         if style is None:
-            raise _NotSplit
+            raise NotSplitError
         return style
-
-
-def _part(x: Tensor, dim: int, rank: int, tp: int) -> Tensor:
-    """What a rank has of a tensor by its heads or channels, which it may share."""
-    whole = Segment(x.shape[dim], x.shape[dim])
-    if not whole.divides(tp):
-        raise _NotSplit
-    return x.narrow(dim, whole.start(tp, rank), whole.local(tp))
 
 
 def _runs(mask: Tensor) -> list[RowRun]:
@@ -368,33 +366,3 @@ def _runs(mask: Tensor) -> list[RowRun]:
     edge = torch.zeros(1, dtype=torch.int64)
     ends = torch.diff(mask.long(), prepend=edge, append=edge).nonzero().flatten().tolist()
     return list(zip(ends[::2], ends[1::2], strict=True))
-
-
-def _equal(x: Tensor, y: Tensor) -> bool:
-    # Not equal to the bit: the last channels of a vector are computed in another way.
-    return x.shape == y.shape and torch.allclose(x, y, rtol=1e-5)
-
-
-def _same_arguments(run: StandInRun, whole: StandInRun, rank: int, tp: int) -> bool:
-    """Whether attention is called in the same way, with what is for each head in parts."""
-    if run.arguments.keys() != whole.arguments.keys():
-        return False
-    for name, x in run.arguments.items():
-        y = whole.arguments[name]
-        if isinstance(x, Tensor) and isinstance(y, Tensor):
-            by_head = y.shape[:1] == whole.operands[0].shape[1:2]
-            if not _equal(x, _part(y, 0, rank, tp) if by_head else y):
-                return False
-        elif isinstance(x, int | float | str | bool | None) and x != y:
-            return False
-    return True
-
-
-def _kind(x: Tensor, y: Tensor, rank: int, tp: int) -> str | None:
-    """Whether x is all of y, its heads or its channels of a rank; None if it is neither."""
-    if x.shape == y.shape:
-        return "whole" if _equal(x, y) else None
-    dims = [dim for dim in range(y.ndim) if x.shape[dim] != y.shape[dim]]
-    if x.ndim != y.ndim or len(dims) != 1 or not _equal(x, _part(y, dims[0], rank, tp)):
-        return None
-    return "channels" if dims[0] == y.ndim - 1 else "heads"
