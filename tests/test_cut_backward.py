@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from dtcp.batch import shard_batch
-from dtcp.cut_backward import check_backward_can_be_cut
+from dtcp.cut_backward import check_backward_can_be_cut, check_gradients_arrived
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.experts.losses import RouterLoss
 from dtcp.labels import shift_labels
@@ -211,3 +211,12 @@ def test_graphs_that_run_backward_once_are_refused(mesh):
     check_backward_can_be_cut(stage(activation_checkpoint=FullCheckpoint()))
     for keeps_some in (SelectiveCheckpoint(), FullCheckpoint().keeping_routes()):
         refused("recomputes twice", stage(activation_checkpoint=keeps_some))
+
+
+def test_frozen_weights_need_no_gradients_and_others_do():
+    stage = nn.Linear(2, 2)
+    stage.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"got none for 1 of stage 3, 'bias' for one"):
+        check_gradients_arrived([(3, stage)])
+    stage.bias.grad = torch.zeros(2)
+    check_gradients_arrived([(3, stage)])

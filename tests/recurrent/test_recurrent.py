@@ -382,6 +382,12 @@ def test_backward_recomputes_and_keeps_only_inputs_and_one_state():
     assert largest < CHUNK_LEN**2 * H * 4
 
 
+def test_states_are_gathered_or_scanned_as_named_whatever_their_size():
+    for summary in (1, 2**30):
+        assert not GatherStates().scans(8, 8, summary) and ScanStates().scans(8, 8, summary)
+    assert [FewestBytes().scans(8, 8, summary) for summary in (1, 2**30)] == [False, True]
+
+
 @pytest.mark.parametrize("mixer", [GatedDeltaRule, GatedLinearAttention])
 def test_scale_that_is_no_finite_number_is_refused(mixer):
     for scale in (math.nan, -math.inf):
