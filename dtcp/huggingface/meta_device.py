@@ -35,6 +35,9 @@ NARROW: Mapping[str, int] = {
 }
 """Sizes that neither masks nor scales depend on. Scales depend on the width of heads: it stays."""
 
+EMBEDDED = ("word_embed_proj_dim", "embedding_size")
+"""Widths of embeddings: a model projects them where its hidden states are not as wide."""
+
 HEADS = 2
 
 STATES = (
@@ -160,6 +163,9 @@ def _narrow_config(config: Any) -> Any:
         key: size for key, size in NARROW.items() if getattr(config, key, None)
     }
     narrow["hidden_size"] = HEADS * (head_dim or 32)
+    for key in EMBEDDED:
+        if width := getattr(config, key, None):
+            narrow[key] = narrow["hidden_size"] // (1 if width == config.hidden_size else 2)
     narrow |= {} if heads is None else {"num_attention_heads": HEADS}
     padding = getattr(config, "pad_token_id", None)
     # Some models count positions from the padding id on.

@@ -41,13 +41,31 @@ def stage_cut(model: Any) -> StageCut:
         torch.manual_seed(0)
         copy = _small_copy(model)
         try:
-            return _tried(copy)
+            cut = _tried(copy)
+            _check_same_parts(model, cut)
+            return cut
         except UncutError as error:
             raise UncutError(error.why, model) from error
         # The model's own code, on inputs that it was not made for, may raise anything.
         except Exception as error:
             said = f"{type(error).__name__}: {' '.join(f'{error}'.split())[:200]}"
             raise UncutError(f"its stages do not run by themselves ({said})", model) from error
+
+
+def _check_same_parts(model: Any, cut: StageCut) -> None:
+    """Refuse a model whose weights are not where its small copy, made from its config, has them."""
+    modules = {name for name, _ in model.named_modules()}
+    lacking = [name for name in (cut.layers, *cut.first, *cut.last) if name not in modules]
+    if lacking:
+        raise UncutError(f"a copy of its config has a {lacking[0]}, which it has not")
+    layers = [name for name, _ in model.get_submodule(cut.layers).named_children()]
+    if layers != [f"{number}" for number in range(cut.count)]:
+        raise UncutError(f"a copy of its config has {cut.count} {cut.layers}, and it {len(layers)}")
+    placed = tuple(f"{name}." for name in (cut.layers, *cut.first, *cut.last))
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        if not name.startswith(placed):
+            raise UncutError(f"a copy of its config has no {name}, which would be in no stage")
+    _check_tied(model, cut)
 
 
 def _small_copy(model: Any) -> Any:

@@ -29,6 +29,15 @@ REFUSED = {
     "ctrl": "stages of it give other logits than the whole model",
 }
 
+EMBEDDED = {
+    ("opt", "word_embed_proj_dim"): {"dropout": 0.0},
+    ("electra", "embedding_size"): {
+        "is_decoder": True,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    },
+}
+
 
 def model_of(kind: str):
     config = small_config(kind, {"attn_pdrop": 0.0} if kind == "gpt2" else {}).config
@@ -52,6 +61,53 @@ def test_a_trial_finds_where_a_model_is_cut(kind):
 def test_a_model_whose_stages_would_compute_something_else_is_refused(kind):
     with pytest.raises(ValueError, match=rf"hidden states alone, got a \w+, but .*{REFUSED[kind]}"):
         stage_cut(model_of(kind))
+
+
+@pytest.mark.parametrize("width", [64, 32, 16])
+@pytest.mark.parametrize(("kind", "field"), EMBEDDED)
+def test_embeddings_are_projected_by_stages_where_they_are_by_the_model(kind, field, width):
+    """In a narrow copy of the config, too; 32 is how wide that is."""
+    fields = {"hidden_size": 64, "num_attention_heads": 4, field: width}
+    config = small_config(kind, {**EMBEDDED[kind, field], **fields}).config
+    model = AutoModelForCausalLM.from_config(config)
+    cut = stage_cut(model)
+    projects = [name for name in (*cut.first, *cut.last) if "project" in name]
+    assert bool(projects) == (width != 64)
+    ends = [model.get_submodule(name) for name in (*cut.first, cut.layers, *cut.last)]
+    assert {x for end in ends for x in end.parameters()} == set(model.parameters())
+
+
+def _with_a_weight_more(model):
+    model.model.register_module("after", torch.nn.Linear(2, 2))
+
+
+def _with_a_layer_less(model):
+    del model.model.layers[1]
+
+
+def _with_layers_that_share(model):
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+
+
+def _without_an_end(model):
+    del model.model.norm
+
+
+CHANGED = {
+    "has no model.after.weight, which would be in no stage": _with_a_weight_more,
+    "has 2 model.layers, and it 1": _with_a_layer_less,
+    "model.layers.0.mlp.up_proj.weight and .*1.mlp.up_proj.weight are one": _with_layers_that_share,
+    "has a model.norm, which it has not": _without_an_end,
+}
+
+
+@pytest.mark.parametrize("refusal", CHANGED)
+def test_a_model_that_is_not_built_as_its_config_says_is_refused(refusal):
+    """Its copy, which is tried, would be."""
+    model = AutoModelForCausalLM.from_config(small_config("llama", {}).config)
+    CHANGED[refusal](model)
+    with pytest.raises(ValueError, match=refusal):
+        stage_cut(model)
 
 
 def test_a_weight_that_runs_between_layers_is_refused():
