@@ -83,6 +83,9 @@ def grouped_rows(rows: Mapping[str, Any]) -> GroupedRows | None:
     ids = rows.get("input_ids")
     if not isinstance(ids, Tensor) or any(key not in _READ for key in rows):
         return None
+    labels = rows.get("labels", ids)
+    if not isinstance(labels, Tensor) or labels.shape != ids.shape:
+        return None  # for the batch to refuse
     stretches = _stretches(rows, ids)
     groups = _groups(stretches)
     if all(shared == 0 for _, shared in groups):

@@ -339,6 +339,18 @@ def test_never_silent_classifier_does_not_share_prompts():
         placed(build("llama", head="SequenceClassification"))
 
 
+def test_never_silent_labels_of_another_shape_are_refused():
+    """Put together, they would be read as those of other tokens."""
+    rows_model = WholeRows(placed(build("llama")), ParallelMesh(Degrees(), None, *[None] * 7))
+    rows = padded([([5] * 30, 20)] * 3)
+    labels = rows.pop("labels")
+    for wrong in (labels[:, :-1], labels[:1], torch.cat([labels] * 2), torch.cat([labels] * 2, 1)):
+        with pytest.raises(ValueError, match="Labels are shifted in whole rows"):
+            rows_model(**rows, labels=wrong)
+    with pytest.raises(TypeError, match="got input_ids of type list"):
+        rows_model(**rows, labels=labels.tolist())
+
+
 @spmd(ranks=2)
 def test_never_silent_calls_that_would_not_count_prompts_once_per_answer(mesh):
     on, rows = ParallelMesh.from_degrees(Degrees(cp=2), "cpu"), padded(drawn(1))
