@@ -55,12 +55,18 @@ class SizingTrials:
 
 @contextmanager
 def noted_trials(trials: SizingTrials) -> Iterator[None]:
-    """Inside, DTensor's trials are noted, by the lock that it takes for them (2.13)."""
+    """Inside, DTensor's trials are noted, where it makes them (2.11-2.13)."""
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
     propagator: Any = ShardingPropagator
-    before, propagator._fake_mode_lock = propagator._fake_mode_lock, trials
+    before = propagator._propagate_tensor_meta_non_cached
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        with trials:
+            return before(*args, **kwargs)
+
+    propagator._propagate_tensor_meta_non_cached = noted
     try:
         yield
     finally:
-        propagator._fake_mode_lock = before
+        propagator._propagate_tensor_meta_non_cached = before
