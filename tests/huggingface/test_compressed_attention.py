@@ -128,12 +128,17 @@ def test_unmodified_deepseek_v4_equals_itself_document_by_document(mesh, ranks):
 
 @pytest.mark.slow
 @spmd(ranks=4)
-def test_unmodified_deepseek_v4_beside_tp_fsdp_and_compiled(mesh):
+def test_unmodified_deepseek_v4_beside_tp_and_fsdp(mesh):
     assert_parity(Degrees(cp=2, tp=2), experts="batched_mm")
     assert_parity(Degrees(dp_shard=2, cp=2), Contiguous, attention=AllGatherAttention())
     assert_parity(Degrees(cp=4), DocumentBalanced)
+
+
+@pytest.mark.slow
+@spmd(ranks=2)
+def test_unmodified_deepseek_v4_compiled_and_recomputed(mesh):
     options = {"compile": Compile("aot_eager"), "activation_checkpoint": SelectiveCheckpoint()}
-    assert_parity(Degrees(cp=4), PerDocument, exact=False, experts="batched_mm", **options)
+    assert_parity(Degrees(cp=2), PerDocument, exact=False, experts="batched_mm", **options)
 
 
 def test_layers_have_the_mixers_that_they_need():
