@@ -34,11 +34,11 @@ def shift_labels(input_ids: Tensor, documents: Documents, *, by: int = 1) -> Ten
     if by < 1 or floats or not input_ids.dtype.is_signed:
         raise ValueError(
             f"A label is a token further on, {IGNORED} where there is none, got by={by}, "
-            f"input_ids of {input_ids.dtype}: shift by 1 or more, ids of int64."
+            f"ids of {input_ids.dtype} to shift: shift by 1 or more, ids of int64."
         )
     if input_ids.shape != document.shape:
         raise ValueError(
-            f"Labels are shifted in whole rows, got input_ids.shape={tuple(input_ids.shape)} with "
+            f"Labels are shifted in whole rows, got ids or labels of {tuple(input_ids.shape)} with "
             f"documents for {tuple(document.shape)}: shift before sharding and padding."
         )
     labels = torch.full_like(input_ids, IGNORED)

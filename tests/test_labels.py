@@ -34,7 +34,7 @@ def test_labels_some_tokens_on_stay_in_their_document(packing, by):
 def test_labels_need_a_place_to_look_at_and_a_sign():
     ids, one = torch.zeros(1, 4, dtype=torch.int64), Documents.single(1, 4)
     for by, tokens in ((0, ids), (-1, ids), (1, ids.to(torch.uint8))):
-        with pytest.raises(ValueError, match=f"got by={by}, input_ids of {tokens.dtype}"):
+        with pytest.raises(ValueError, match=f"got by={by}, ids of {tokens.dtype}"):
             shift_labels(tokens, one, by=by)
     with pytest.raises(ValueError, match="got depths=0"):
         look_ahead(ids, ids, one, depths=0)
@@ -42,5 +42,5 @@ def test_labels_need_a_place_to_look_at_and_a_sign():
 
 def test_labels_of_a_shard_are_refused():
     """A shard does not hold its neighbour's next token."""
-    with pytest.raises(ValueError, match=r"shifted in whole rows, got input_ids.shape=\(1, 4\)"):
+    with pytest.raises(ValueError, match=r"shifted in whole rows, got ids or labels of \(1, 4\)"):
         shift_labels(torch.zeros(1, 4, dtype=torch.int64), Documents.single(1, 8))

@@ -163,7 +163,7 @@ def test_a_negative_prefix_throughout_a_document_is_refused_A6():
         (lambda: halo_runs(HeadTail(8, 2), 0, left=-1, right=0), ValueError, "got left=-1"),
         (lambda: rolled([(0, 2)], 1, 0), ValueError, "got seq_len=0"),
         (lambda: block_work([1, 2], 1), TypeError, "got work of type list"),
-        (lambda: shift_labels(torch.zeros(2, 8), TWO), ValueError, "input_ids of torch.float32"),
+        (lambda: shift_labels(torch.zeros(2, 8), TWO), ValueError, "ids of torch.float32"),
         (
             lambda: block_ranges(
                 torch.zeros(1, 4).int(), torch.zeros(1, 4).int(), torch.arange(4), tile=0
